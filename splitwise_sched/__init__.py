@@ -1,0 +1,1 @@
+"""Redis-backed global scheduler for prefill/decode disaggregated LLM inference."""

@@ -1,0 +1,83 @@
+"""Every error that the control plane raises. What a user sees says what was wrong, with which value, and what to do."""
+
+from __future__ import annotations
+
+
+class SplitwiseError(Exception):
+    """Base of all; ``str(exc)`` is one paragraph for the user.
+
+    Attributes:
+        retryable: nothing can have happened; the same call may be made again.
+    """
+
+    retryable = False
+
+
+class InvalidRequest(SplitwiseError):
+    """A request that no instance could serve; ``param`` names the offending field."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class DuplicateRequest(InvalidRequest):
+    """A request id that this topic has seen, and still has a record of."""
+
+    def __init__(self, request_id: str, state: str) -> None:
+        super().__init__(
+            f"request id {request_id!r} was used before (its state is {state!r}): give every request an id of its own",
+            param="request_id",
+        )
+        self.request_id = request_id
+        self.state = state
+
+
+class QueueFull(SplitwiseError):
+    """The topic's queue is at its limit; the request was not taken."""
+
+    retryable = True
+
+    def __init__(self, depth: int, limit: int, retry_after_s: float) -> None:
+        super().__init__(
+            f"the queue holds {depth} requests, its limit is {limit}: try again in {retry_after_s:.0f} s, "
+            "or start more instances"
+        )
+        self.depth, self.limit, self.retry_after_s = depth, limit, retry_after_s
+
+
+class ConfigError(SplitwiseError):
+    """A setting or flag, or several together, that cannot work."""
+
+
+class StoreUnavailable(SplitwiseError):
+    """Redis cannot be reached, or answers with an error that is not about the request."""
+
+    retryable = True
+
+
+class StoreUnsuitable(ConfigError):
+    """Redis answers, but its version, eviction policy or access rules cannot carry the queue."""
+
+
+class IncompatibleInstance(ConfigError):
+    """Another live instance of the topic has a KV layout or model that this one's KV cannot be exchanged with."""
+
+    def __init__(self, field: str, mine: str, theirs: str, other_instance: str, topic: str) -> None:
+        super().__init__(
+            f"this instance has {field} {mine!r}, but {other_instance} on topic {topic!r} has {theirs!r}, so their KV "
+            f"caches cannot be exchanged: start this one with {field} {theirs!r}, or on another --scheduler-topic"
+        )
+        self.field, self.mine, self.theirs, self.other_instance = field, mine, theirs, other_instance
+
+
+class Fenced(SplitwiseError):
+    """This instance outlived its lease; what it held now belongs to others."""
+
+
+class RequestFailed(SplitwiseError):
+    """A request that ended without its answer; raised to whoever reads its stream."""
+
+    def __init__(self, request_id: str, reason: str, detail: str) -> None:
+        super().__init__(f"request {request_id} {reason}: {detail}")
+        self.request_id, self.reason, self.detail = request_id, reason, detail

@@ -1,0 +1,170 @@
+"""The values that cross the control plane: frozen, without I/O, and known to every other module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from splitwise_sched.errors import InvalidRequest
+
+ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+MAX_STOP_STRINGS = 16
+MAX_LOGPROBS = 20
+SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
+
+
+class Role(str, Enum):
+    """What an instance does with a request."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+class RequestState(str, Enum):
+    """Where a request is; the field ``state`` of its record in Redis.
+
+    ``LOST`` means that an instance which held it died: its front end gives it a higher epoch and puts it back.
+    """
+
+    QUEUED = "queued"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    LOST = "lost"
+    DONE = "done"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    FAILED = "failed"
+
+
+class FinishReason(str, Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    ERROR = "error"
+
+
+def check_id(kind: str, value: str) -> str:
+    """``value``, when it may be an id of a ``kind`` (request, instance, front end, topic).
+
+    Raises:
+        InvalidRequest: it has characters that Redis keys and redis-cli users would trip over, or is too long.
+    """
+    if not ID_PATTERN.fullmatch(value):
+        raise InvalidRequest(
+            f"{kind} id {value[:160]!r} is not usable: give 1 to 128 characters of A-Z a-z 0-9 . _ : -", param=kind
+        )
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How output tokens are chosen and when they end. Checked on construction (InvalidRequest names the field).
+
+    Attributes:
+        max_tokens: output tokens at most, over all re-runs of the request together.
+        temperature: 0 is greedy.
+        top_k: 0 keeps all.
+        seed: every output position draws from a generator of (seed, position), so that a re-run goes on with the
+            same draws. None is only allowed before submit: the front end puts a random one in.
+        stop: output ends before the first of these strings, which is not part of the text.
+        logprobs: None for none; n for the chosen token's logprob and those of the n most likely.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, must: str) -> None:
+            raise InvalidRequest(f"{name} is {getattr(self, name)!r}: it must be {must}", param=name)
+
+        if self.max_tokens < 1:
+            refuse("max_tokens", "1 or more")
+        if not 0.0 <= self.temperature <= 100.0:
+            refuse("temperature", "between 0 (greedy) and 100")
+        if not 0.0 < self.top_p <= 1.0:
+            refuse("top_p", "above 0 and at most 1")
+        if self.top_k < 0:
+            refuse("top_k", "0 (all) or more")
+        if self.seed is not None and not SEED_MIN <= self.seed <= SEED_MAX:
+            refuse("seed", "a 64-bit integer")
+        if len(self.stop) > MAX_STOP_STRINGS or any(not s or len(s) > 1024 for s in self.stop):
+            refuse("stop", f"at most {MAX_STOP_STRINGS} strings of 1 to 1024 characters")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            refuse("logprobs", f"between 0 and {MAX_LOGPROBS}")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation request, as a front end submits it and an engine sees it.
+
+    Attributes:
+        prompt_token_ids: [num_prompt_tokens]
+        emitted_token_ids: output tokens that an earlier run of this request already gave to its user; the engine
+            computes them as if they were prompt, and its first new token has output index ``len(emitted_token_ids)``.
+        timeout_s: from submit to the last token; the front end's default when None.
+    """
+
+    request_id: str
+    model: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    emitted_token_ids: tuple[int, ...] = ()
+    timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        check_id("request", self.request_id)
+        if not self.prompt_token_ids:
+            raise InvalidRequest("the prompt has no tokens: give at least one", param="prompt")
+
+    @property
+    def num_input_tokens(self) -> int:
+        """Tokens that prefill computes: the prompt, and what was already emitted."""
+        return len(self.prompt_token_ids) + len(self.emitted_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Logprobs (natural log) at one output position.
+
+    Attributes:
+        top: the most likely tokens and their logprobs, best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Some consecutive output tokens of one request, or its end, or both.
+
+    Attributes:
+        index: output position of ``token_ids[0]``.
+        logprobs: one a token when asked for, else empty.
+        finish_reason: set on the last output of a request.
+        stop_reason: the stop string or token id that matched.
+        detail: why it ended, for the user, when it ended badly.
+        stats: what the instance measured (``prefill_s``, ``transfer_s``, ``kv_bytes``, ``lane`` ...), on the last.
+    """
+
+    request_id: str
+    epoch: int
+    index: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    detail: str | None = None
+    stats: Mapping[str, float | int | str] | None = None
