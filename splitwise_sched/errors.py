@@ -56,6 +56,12 @@ class StoreUnavailable(SplitwiseError):
     retryable = True
 
 
+class CommandRefused(StoreUnavailable):
+    """Redis answers, and says no: out of memory, a missing group, an access rule."""
+
+    retryable = False
+
+
 class StoreUnsuitable(ConfigError):
     """Redis answers, but its version, eviction policy or access rules cannot carry the queue."""
 

@@ -1,0 +1,65 @@
+"""Puts the outputs of one request in order: what is stale, repeated or early does not reach its user.
+
+Pure. Outputs come from two instances through one stream, each perhaps more than once, and after a re-run from others
+again; every one says its epoch and the output position of its first token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from splitwise_sched.types import Output
+
+MAX_EARLY = 10_000
+
+
+class Assembly:
+    """The output of one request as its user has it.
+
+    Attributes:
+        epoch: the highest seen; what comes under a lower one is stale.
+        token_ids: all output tokens given out so far.
+        ended: the output with the finish reason was given out.
+    """
+
+    def __init__(self, epoch: int = 1, token_ids: tuple[int, ...] = ()) -> None:
+        self.epoch = epoch
+        self.token_ids: list[int] = list(token_ids)
+        self.ended = False
+        self._early: dict[int, Output] = {}
+
+    def raise_epoch(self, epoch: int) -> bool:
+        """Everything under lower epochs is stale from here. False: ``epoch`` is stale itself."""
+        if epoch < self.epoch or self.ended:
+            return False
+        if epoch > self.epoch:
+            self.epoch = epoch
+            self._early.clear()
+        return True
+
+    def feed(self, output: Output) -> list[Output]:
+        """What the user gets now that ``output`` is here: nothing, it (or its new part), or it and what had waited."""
+        if not self.raise_epoch(output.epoch):
+            return []
+        given = []
+        next_output: Output | None = output
+        while next_output is not None:
+            position = len(self.token_ids)
+            if next_output.index > position:
+                if len(self._early) < MAX_EARLY:
+                    self._early[next_output.index] = next_output
+                break
+            skip = position - next_output.index
+            fresh = next_output.token_ids[skip:]
+            if fresh or next_output.finish_reason is not None:
+                self.token_ids += fresh
+                self.ended = next_output.finish_reason is not None
+                given.append(
+                    replace(next_output, index=position, token_ids=fresh, logprobs=next_output.logprobs[skip:])
+                )
+            if self.ended:
+                self._early.clear()
+                break
+            ready = [index for index in self._early if index <= len(self.token_ids)]
+            next_output = self._early.pop(min(ready)) if ready else None
+        return given

@@ -1,0 +1,278 @@
+"""The only module that imports redis: connection, checks, pipelines, scripts, blocking reads.
+
+Every command that goes through ``Connection`` may be repeated without harm (scripts recognise a repetition, outputs are
+deduplicated by whoever reads them), so a broken connection is retried until ``redis_timeout_s`` is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any, cast
+
+import redis.asyncio as aioredis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    ConnectionError,
+    NoPermissionError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
+
+from splitwise_sched.coalesce import Coalescer, Command
+from splitwise_sched.errors import CommandRefused, ConfigError, Fenced, StoreUnavailable, StoreUnsuitable
+from splitwise_sched.keys import PREFILL_GROUP, Keys
+from splitwise_sched.records import Claim
+from splitwise_sched.settings import SchedulerSettings
+
+logger = logging.getLogger(__name__)
+
+MIN_VERSION = (6, 2, 0)
+CONNECT_TIMEOUT_S = 3.0
+COMMAND_TIMEOUT_S = 5.0
+RETRY_FIRST_S, RETRY_MAX_S = 0.02, 0.5
+SCRIPTS = (
+    "submit", "resubmit", "bind", "step", "finish", "give_back", "cancel", "expire", "register", "renew", "reap",
+)  # fmt: skip
+
+_RETRYABLE = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, OSError)
+_DENIED = (AuthenticationError, AuthorizationError, NoPermissionError)
+
+
+def _script_texts() -> dict[str, str]:
+    folder = resources.files("splitwise_sched") / "lua"
+    common = (folder / "common.lua").read_text(encoding="utf-8")
+    return {name: common + (folder / f"{name}.lua").read_text(encoding="utf-8") for name in SCRIPTS}
+
+
+class Connection:
+    """Pipelined commands and scripts on one shard of a topic, from one process and one event loop.
+
+    ``connect`` before anything else; ``close`` frees the connections. Replies raise StoreUnavailable when Redis could
+    not be reached for ``redis_timeout_s``.
+    """
+
+    def __init__(self, settings: SchedulerSettings) -> None:
+        self.keys = Keys(settings.scheduler_topic)
+        self.server = ""
+        self._settings = settings
+        if settings.scheduler_host is None:
+            raise ConfigError(
+                "scheduler_host is not set: name the Redis or Valkey server, or let embedded.connect_or_start find one"
+            )
+        host, port = settings.scheduler_host, settings.scheduler_port
+        self._address = f"{host}:{port}"
+        password = settings.scheduler_password
+        self._options: dict[str, Any] = {
+            "host": host,
+            "port": port,
+            "db": settings.scheduler_db,
+            "username": settings.scheduler_username,
+            "password": None if password is None else password.get_secret_value(),
+            "decode_responses": True,
+            "socket_connect_timeout": CONNECT_TIMEOUT_S,
+            "retry": Retry(NoBackoff(), 0),
+        }
+        self._client = aioredis.Redis(**self._options, socket_timeout=COMMAND_TIMEOUT_S, single_connection_client=True)
+        self._coalescer = Coalescer(self._send)
+        self._texts = _script_texts()
+        self._shas = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._texts.items()}
+
+    # ---- connection ----------------------------------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        """Check that the server can carry the queue, and load the scripts.
+
+        Raises:
+            StoreUnavailable: nobody answers.
+            StoreUnsuitable: too old, evicting, or access denied.
+        """
+        try:
+            info = await self._client.info("server")
+            memory = await self._client.info("memory")
+            version = str(info.get("redis_version", "0"))
+            self.server = f"valkey {info['valkey_version']}" if "valkey_version" in info else f"redis {version}"
+            if _version_tuple(version) < MIN_VERSION:
+                raise StoreUnsuitable(
+                    f"the server at {self._address} is Redis {version}, but 6.2.0 or newer is needed: upgrade it, or "
+                    "run `splitwise-sched redis` for a private one"
+                )
+            policy = str(memory.get("maxmemory_policy", "noeviction"))
+            if policy != "noeviction":
+                raise StoreUnsuitable(
+                    f"the server at {self._address} has maxmemory-policy {policy!r}, under which queued requests can "
+                    "vanish: set maxmemory-policy noeviction there (conf/redis.conf is an example)"
+                )
+            for text in self._texts.values():
+                await self._client.script_load(text)
+            await self._client.hgetall(self.keys.counters)
+        except _DENIED as exc:
+            raise StoreUnsuitable(
+                f"the server at {self._address} refuses access ({exc}): check --scheduler-password, "
+                "--scheduler-username and the user's ACL (conf/users.acl is an example)"
+            ) from exc
+        except _RETRYABLE as exc:
+            raise StoreUnavailable(
+                f"no Redis or Valkey answers at {self._address} ({exc}): start one with `splitwise-sched redis`, or "
+                "correct --scheduler-host and --scheduler-port"
+            ) from exc
+        except RedisError as exc:
+            raise StoreUnsuitable(f"the server at {self._address} cannot be used: {exc}") from exc
+
+    async def drain(self) -> None:
+        """Wait until all that was issued is answered."""
+        await self._coalescer.drain()
+
+    async def close(self) -> None:
+        await self._coalescer.close()
+        await self._client.aclose()
+
+    def reader(self) -> BlockingReader:
+        """A connection of its own for blocking reads; whoever asks for it closes it (async with)."""
+        return BlockingReader(self.keys, self._options)
+
+    async def _send(self, batch: list[Command]) -> list[Any]:
+        loop = asyncio.get_running_loop()
+        deadline, pause = loop.time() + self._settings.redis_timeout_s, RETRY_FIRST_S
+        while True:
+            try:
+                return await self._send_once(batch)
+            except _RETRYABLE as exc:
+                if loop.time() + pause > deadline:
+                    raise StoreUnavailable(f"Redis at {self._address} does not answer: {exc}") from exc
+                await self._client.connection_pool.disconnect()
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, RETRY_MAX_S)
+
+    async def _send_once(self, batch: list[Command]) -> list[Any]:
+        replies = await self._pipeline(batch)
+        unknown = [i for i, reply in enumerate(replies) if isinstance(reply, ResponseError) and _is_noscript(reply)]
+        if unknown:
+            for name in {cast(str, batch[i].script) for i in unknown}:
+                await self._client.script_load(self._texts[name])
+            again = await self._pipeline([batch[i] for i in unknown])
+            for i, reply in zip(unknown, again, strict=True):
+                replies[i] = reply
+        for reply in replies:
+            if isinstance(reply, _RETRYABLE):
+                raise reply
+        return [_mapped(reply) if isinstance(reply, RedisError) else reply for reply in replies]
+
+    async def _pipeline(self, batch: Sequence[Command]) -> list[Any]:
+        pipe = self._client.pipeline(transaction=False)
+        for command in batch:
+            if command.binary:
+                pipe.execute_command(*command.args, NEVER_DECODE=True)
+            else:
+                pipe.execute_command(*command.args)
+        return await pipe.execute(raise_on_error=False)
+
+    def call(self, *args: Any, binary: bool = False) -> asyncio.Future[Any]:
+        """One command; ``binary`` when its reply is not text."""
+        return self._coalescer.call(Command(args, binary=binary))
+
+    def script(self, name: str, keys: Sequence[str], *args: Any) -> asyncio.Future[Any]:
+        """``lua/<name>.lua``; the key prefix goes in front of ``args``."""
+        command = ("EVALSHA", self._shas[name], len(keys), *keys, self.keys.prefix, *args)
+        return self._coalescer.call(Command(command, script=name))
+
+
+class BlockingReader:
+    """Blocking stream reads on a connection of their own; one read at a time."""
+
+    def __init__(self, keys: Keys, options: Mapping[str, Any]) -> None:
+        self._keys = keys
+        self._client = aioredis.Redis(**options, socket_timeout=None, single_connection_client=True)
+
+    async def read(
+        self, positions: Mapping[str, str], block_ms: int, count: int
+    ) -> list[tuple[str, str, dict[str, str]]]:
+        """XREAD: (key, entry id, fields) of entries after ``positions``, [] when ``block_ms`` went by without one.
+
+        Raises StoreUnavailable at the first failure; positions are the caller's, so that nothing is lost by it.
+        """
+        args = ["XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", *positions, *positions.values()]
+        return _entries(await self._read(block_ms, args))
+
+    async def claim(self, instance_id: str, count: int, block_ms: int, *, again: bool = False) -> list[Claim]:
+        """XREADGROUP on the queue. ``again`` gives what this instance had claimed before (after a broken connection).
+
+        Raises:
+            Fenced: the queue's group is gone (Redis lost its data): register again.
+            StoreUnavailable: what this call may have claimed is given by ``again``.
+        """
+        args = ["XREADGROUP", "GROUP", PREFILL_GROUP, instance_id, "COUNT", count, "BLOCK", block_ms, "STREAMS",
+                self._keys.queue, "0" if again else ">"]  # fmt: skip
+        claims = []
+        for _, entry_id, fields in _entries(await self._read(block_ms, args)):
+            if fields.get("epoch", "").isdigit() and "id" in fields:
+                claims.append(Claim(entry_id, fields["id"], int(fields["epoch"])))
+            elif fields:
+                logger.warning("queue entry %s is not one of ours and stays unclaimed: %r", entry_id, fields)
+        return claims
+
+    async def _read(self, block_ms: int, args: Sequence[Any]) -> Any:
+        try:
+            reply = self._client.execute_command(*args)  # type: ignore[no-untyped-call]
+            return await asyncio.wait_for(reply, block_ms / 1000 + COMMAND_TIMEOUT_S)
+        except ResponseError as exc:
+            if str(exc).startswith("NOGROUP"):
+                raise Fenced(f"the queue is gone from Redis: {exc}") from exc
+            raise StoreUnavailable(str(exc)) from exc
+        except (*_RETRYABLE, asyncio.TimeoutError) as exc:
+            await self._client.connection_pool.disconnect()
+            raise StoreUnavailable(f"Redis does not answer: {exc!r}") from exc
+
+    async def __aenter__(self) -> BlockingReader:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._client.aclose()
+
+
+def _entries(reply: Any) -> list[tuple[str, str, dict[str, str]]]:
+    """Stream entries out of what redis-py makes of RESP2 (lists) and RESP3 (maps)."""
+    if not reply:
+        return []
+    streams = reply.items() if isinstance(reply, dict) else reply
+    result = []
+    for key, entries in streams:
+        # RESP3 wraps the entries of a stream in one more list.
+        rows = entries[0] if entries and isinstance(entries[0], list) and entries[0] and isinstance(
+            entries[0][0], (list, tuple)) else entries  # fmt: skip
+        for entry_id, fields in rows:
+            result.append((key, entry_id, as_dict(fields or {})))
+    return result
+
+
+def as_dict(reply: Any) -> dict[str, str]:
+    if isinstance(reply, dict):
+        return reply
+    it = iter(reply)
+    return dict(zip(it, it, strict=False))
+
+
+def _version_tuple(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+
+
+def _is_noscript(exc: ResponseError) -> bool:
+    return "NOSCRIPT" in str(exc) or type(exc).__name__ == "NoScriptError"
+
+
+def _mapped(exc: RedisError) -> Exception:
+    text = str(exc)
+    if "FENCED" in text:
+        return Fenced(text)
+    mapped = CommandRefused(f"Redis refused a command: {text}")
+    mapped.__cause__ = exc
+    return mapped

@@ -1,0 +1,380 @@
+"""The front end's side of the scheduler, on asyncio: it owns each request from submit until its last token.
+
+Redis carries a request; the front end keeps it. Whatever happens to instances or to Redis, a request that has not ended
+is still known here, with the tokens that its user already has, and is put back from here under a higher epoch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+
+from splitwise_sched.assembly import Assembly
+from splitwise_sched.codec import encode_request
+from splitwise_sched.errors import DuplicateRequest, QueueFull, RequestFailed, SplitwiseError, StoreUnavailable
+from splitwise_sched.outputs import Lost, MalformedOutput, decode_output
+from splitwise_sched.records import InstanceRecord
+from splitwise_sched.settings import SchedulerSettings
+from splitwise_sched.store import HELLO, Store
+from splitwise_sched.sweeper import Sweeper
+from splitwise_sched.types import FinishReason, Output, Request, check_id
+
+logger = logging.getLogger(__name__)
+
+BLOCK_MS = 1000
+READ_COUNT = 512
+VERIFY_PERIOD_S = 3.0
+VERIFY_AFTER_S = 1.0
+VERIFY_BATCH = 500
+INSTANCES_CACHE_S = 0.5
+PAUSE_AFTER_FAILURE_S = 0.2
+BAD_ENDS = {FinishReason.ERROR: "failed", FinishReason.EXPIRED: "expired"}
+
+
+class OutputStream(AsyncIterator[Output]):
+    """Outputs of one request: in order, no token twice; the last has a ``finish_reason``.
+
+    Raises RequestFailed, once, when the request ended without its answer. ``aclose`` cancels what has not ended.
+    """
+
+    def __init__(self, frontend: FrontEnd, request: Request, nonce: str, deadline: float) -> None:
+        self.request_id = request.request_id
+        self.request = request
+        self.nonce = nonce
+        self.deadline = deadline
+        self.submitted_at = time.monotonic()
+        self.assembly = Assembly(token_ids=request.emitted_token_ids)
+        self.attempts = 0
+        self.doubts = 0
+        self.recovery: asyncio.Task[None] | None = None
+        self._frontend = frontend
+        self._outputs: asyncio.Queue[Output | SplitwiseError] = asyncio.Queue()
+        self._over = False
+
+    def __aiter__(self) -> OutputStream:
+        return self
+
+    async def __anext__(self) -> Output:
+        if self._over:
+            raise StopAsyncIteration
+        item = await self._outputs.get()
+        if isinstance(item, SplitwiseError):
+            self._over = True
+            raise item
+        if item.finish_reason is not None:
+            self._over = True
+            if item.finish_reason in BAD_ENDS:
+                reason = BAD_ENDS[item.finish_reason]
+                raise RequestFailed(self.request_id, reason, item.detail or "no reason was given")
+        return item
+
+    async def aclose(self) -> None:
+        """Cancel the request when it has not ended; nothing more comes out. Idempotent."""
+        if not self._over:
+            self._over = True
+            if not self.assembly.ended:
+                await self._frontend.cancel(self.request_id, "its user went away")
+
+    def put(self, item: Output | SplitwiseError) -> None:
+        """For the front end's reader."""
+        self._outputs.put_nowait(item)
+
+
+class FrontEnd:
+    """Submits requests to a topic and streams their outputs.
+
+    ``start`` (or ``async with``) before anything else; ``close`` cancels what has not ended. One is enough for a
+    process; any number may serve a topic.
+    """
+
+    def __init__(self, settings: SchedulerSettings, *, name: str | None = None) -> None:
+        self.settings = settings
+        self.frontend_id = f"{check_id('front end', name or 'frontend')}-{secrets.token_hex(4)}"
+        self.store = Store(settings)
+        self._streams: dict[str, OutputStream] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._lease_ms = int(settings.frontend_lease_s * 1000)
+        self._retain_ms = int(settings.scheduler_ttl * 1000)
+        self._read_up_to = "0-0"
+        self._verify_now = asyncio.Event()
+        self._seen_at = 0.0
+        self._ends: deque[float] = deque(maxlen=200)
+        self._instances: tuple[float, list[InstanceRecord]] = (float("-inf"), [])
+
+    async def __aenter__(self) -> FrontEnd:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Raises StoreUnavailable or StoreUnsuitable, see Store.connect; nothing runs on after that."""
+        try:
+            await self.store.connect()
+            await self.store.open_out(self.frontend_id, self._lease_ms)
+        except SplitwiseError:
+            await self.store.close()
+            raise
+        self._seen_at = time.monotonic()
+        sweeper = Sweeper(self.store, retain_ms=self._retain_ms, period_s=self.settings.instance_lease_s / 4)
+        loops = (self._read(), self._keep_lease(), self._verify(), sweeper.run())
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
+
+    async def close(self) -> None:
+        """Cancel what has not ended, and leave. Idempotent."""
+        tasks, self._tasks = self._tasks, []
+        if not tasks:
+            return
+        with contextlib.suppress(SplitwiseError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._leave(), timeout=5)
+        recoveries = [s.recovery for s in self._streams.values() if s.recovery is not None]
+        for task in (*tasks, *recoveries):
+            task.cancel()
+        await asyncio.wait([*tasks, *recoveries])
+        for stream in self._streams.values():
+            stream.put(RequestFailed(stream.request_id, "cancelled", "its front end was shut down"))
+        self._streams.clear()
+        await self.store.close()
+
+    async def _leave(self) -> None:
+        cancels = (self.store.cancel(i, "its front end was shut down", self._retain_ms) for i in list(self._streams))
+        await asyncio.gather(*cancels)
+        await self.store.close_out(self.frontend_id)
+
+    @property
+    def healthy(self) -> bool:
+        """Redis answered within the front end's lease."""
+        return time.monotonic() - self._seen_at < self.settings.frontend_lease_s
+
+    # ---- requests ------------------------------------------------------------------------------------------------
+
+    async def submit(self, request: Request) -> OutputStream:
+        """Put a request into the queue.
+
+        Raises:
+            InvalidRequest: it could not be served anywhere.
+            DuplicateRequest: the topic has seen this id.
+            QueueFull: with depth, limit and when to try again.
+            StoreUnavailable: Redis does not answer; the request may be queued nevertheless, and expires there.
+        """
+        if request.sampling.seed is None and request.sampling.temperature > 0:
+            request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
+        if request.request_id in self._streams:
+            raise DuplicateRequest(request.request_id, "in flight")
+        timeout_s = request.timeout_s or self.settings.scheduler_ttl
+        body = encode_request(request)
+        nonce = secrets.token_hex(8)
+        stream = OutputStream(self, request, nonce, time.monotonic() + timeout_s)
+        # Known before Redis knows it: an output may overtake the reply.
+        self._streams[request.request_id] = stream
+        try:
+            verdict, detail = await self.store.submit(
+                request.request_id,
+                body,
+                frontend_id=self.frontend_id,
+                nonce=nonce,
+                timeout_ms=max(1, int(timeout_s * 1000)),
+                retain_ms=self._retain_ms,
+                input_tokens=request.num_input_tokens,
+                kv_tokens=self._kv_tokens(request),
+                model=request.model,
+            )
+        except BaseException:
+            self._streams.pop(request.request_id, None)
+            raise
+        if verdict == "QUEUED":
+            return stream
+        self._streams.pop(request.request_id, None)
+        if verdict == "FULL":
+            raise QueueFull(int(detail), self.settings.scheduler_max_size, self._retry_after_s(int(detail)))
+        raise DuplicateRequest(request.request_id, str(detail))
+
+    async def cancel(self, request_id: str, reason: str = "cancelled by its user") -> bool:
+        """End the request with exactly this id, wherever it is; both its instances are told.
+
+        Returns:
+            False when it was unknown or had ended.
+        """
+        ended, _ = await self.store.cancel(request_id, reason, self._retain_ms)
+        stream = self._streams.pop(request_id, None)
+        if stream is not None and not stream.assembly.ended:
+            stream.assembly.ended = True
+            stream.put(
+                Output(request_id, stream.assembly.epoch, len(stream.assembly.token_ids),
+                       finish_reason=FinishReason.CANCELLED, detail=reason)
+            )  # fmt: skip
+        return ended
+
+    async def instances(self) -> list[InstanceRecord]:
+        """Live instances, as of at most half a second ago."""
+        read_at, records = self._instances
+        if time.monotonic() - read_at > INSTANCES_CACHE_S:
+            records = await self.store.live_instances()
+            self._instances = (time.monotonic(), records)
+        return records
+
+    async def request_record(self, request_id: str) -> Mapping[str, str]:
+        """The request's readable record, {} when there is none (any more)."""
+        return await self.store.request_record(request_id)
+
+    def _kv_tokens(self, request: Request) -> int:
+        """KV to reserve on decode: what comes in, and the part of the output that is promised room."""
+        remaining = request.sampling.max_tokens - len(request.emitted_token_ids)
+        return request.num_input_tokens + min(max(1, remaining), self.settings.num_reserved_decode_tokens)
+
+    def _retry_after_s(self, depth: int) -> float:
+        """When the queue will be shorter, going by how fast this front end's requests end."""
+        if len(self._ends) < 2 or self._ends[-1] == self._ends[0]:
+            return 5.0
+        rate = (len(self._ends) - 1) / (self._ends[-1] - self._ends[0])
+        return min(60.0, max(1.0, 0.1 * depth / rate))
+
+    # ---- outputs -------------------------------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        out = self.store.keys.out(self.frontend_id)
+        async with self.store.reader() as reader:
+            while True:
+                try:
+                    entries = await reader.read({out: self._read_up_to}, BLOCK_MS, READ_COUNT)
+                except StoreUnavailable as exc:
+                    logger.warning("%s", exc)
+                    self._verify_now.set()
+                    await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
+                    continue
+                self._seen_at = time.monotonic()
+                for _, entry_id, fields in entries:
+                    for request_id, value in fields.items():
+                        if request_id != HELLO:
+                            self._take(request_id, value)
+                    self._read_up_to = entry_id
+
+    def _take(self, request_id: str, value: str) -> None:
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return
+        try:
+            output = decode_output(request_id, value)
+        except MalformedOutput as exc:
+            logger.warning("%s", exc)
+            return
+        if isinstance(output, Lost):
+            if stream.assembly.raise_epoch(output.epoch):
+                self._recover(stream, output.reason)
+            return
+        for fresh in stream.assembly.feed(output):
+            stream.put(fresh)
+        if stream.assembly.ended:
+            del self._streams[request_id]
+            self._ends.append(time.monotonic())
+
+    # ---- recovery ------------------------------------------------------------------------------------------------
+
+    def _recover(self, stream: OutputStream, reason: str) -> None:
+        if stream.recovery is None or stream.recovery.done():
+            stream.recovery = asyncio.create_task(self._put_back(stream, reason))
+
+    async def _put_back(self, stream: OutputStream, reason: str) -> None:
+        """Queue a lost request again, with what its user already has as part of its input."""
+        emitted = tuple(stream.assembly.token_ids)
+        request = replace(stream.request, emitted_token_ids=emitted)
+        left_s = stream.deadline - time.monotonic()
+        logger.info("putting %s back after %d output tokens: %s", request.request_id, len(emitted), reason)
+        if len(emitted) >= request.sampling.max_tokens:
+            # Only the word that it is finished was lost.
+            await self._end(stream, FinishReason.LENGTH, None)
+            return
+        if left_s <= 0:
+            await self._end(stream, FinishReason.EXPIRED, f"its time was over; before that: {reason}")
+            return
+        try:
+            verdict, *detail = await self.store.resubmit(
+                request.request_id,
+                encode_request(request),
+                frontend_id=self.frontend_id,
+                nonce=stream.nonce,
+                epoch_seen=stream.assembly.epoch,
+                timeout_ms=max(1, int(left_s * 1000)),
+                retain_ms=self._retain_ms,
+                input_tokens=request.num_input_tokens,
+                kv_tokens=self._kv_tokens(request),
+                model=request.model,
+                attempts=stream.attempts,
+            )
+        except StoreUnavailable as exc:
+            logger.warning("%s is put back when Redis answers again: %s", request.request_id, exc)
+            return
+        if verdict == "QUEUED":
+            stream.attempts += 1
+            stream.assembly.raise_epoch(int(detail[0]))
+        elif verdict == "FAILED":
+            await self._end(stream, FinishReason.ERROR, str(detail[0]))
+        elif verdict == "ENDED":
+            self._doubt(stream, str(detail[0]))
+
+    async def _end(self, stream: OutputStream, reason: FinishReason, detail: str | None) -> None:
+        """End a request from here; its record in Redis is closed if it is still open."""
+        if stream.assembly.ended:
+            return
+        stream.assembly.ended = True
+        self._streams.pop(stream.request_id, None)
+        index = len(stream.assembly.token_ids)
+        stream.put(Output(stream.request_id, stream.assembly.epoch, index, finish_reason=reason, detail=detail))
+        with contextlib.suppress(StoreUnavailable):
+            await self.store.cancel(stream.request_id, detail or reason.value, self._retain_ms)
+
+    async def _verify(self) -> None:
+        """Now and then, and after every broken connection: does Redis know each request that has not ended?"""
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._verify_now.wait(), VERIFY_PERIOD_S)
+            self._verify_now.clear()
+            now = time.monotonic()
+            open_streams = [s for s in self._streams.values() if now - s.submitted_at > VERIFY_AFTER_S]
+            try:
+                for i in range(0, len(open_streams), VERIFY_BATCH):
+                    await self._verify_some(open_streams[i : i + VERIFY_BATCH])
+            except SplitwiseError as exc:
+                logger.warning("%s", exc)
+
+    async def _verify_some(self, streams: list[OutputStream]) -> None:
+        states = await self.store.request_states([s.request_id for s in streams])
+        for stream, known in zip(streams, states, strict=True):
+            if stream.assembly.ended:
+                continue
+            if time.monotonic() > stream.deadline + 1:
+                await self._end(stream, FinishReason.EXPIRED, "it did not end before its deadline")
+            elif known is None:
+                self._recover(stream, "Redis did not know it any more")
+            elif known[0] == "lost":
+                stream.assembly.raise_epoch(known[1])
+                self._recover(stream, "an instance was lost")
+            elif known[0] not in ("queued", "prefill", "decode"):
+                self._doubt(stream, known[0])
+
+    def _doubt(self, stream: OutputStream, state: str) -> None:
+        """Redis says that it ended, but its last output has not come: it may be under way, or trimmed away."""
+        stream.doubts += 1
+        if stream.doubts > 2 and not stream.assembly.ended:
+            stream.assembly.ended = True
+            self._streams.pop(stream.request_id, None)
+            stream.put(RequestFailed(stream.request_id, "overrun", f"it is {state}, but its last outputs were trimmed "
+                                     "from the front end's stream before they were read"))  # fmt: skip
+
+    async def _keep_lease(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.frontend_lease_s / 3)
+            try:
+                if not await self.store.renew_frontend(self.frontend_id, self._lease_ms, self._read_up_to):
+                    await self.store.open_out(self.frontend_id, self._lease_ms)
+                    self._verify_now.set()
+                self._seen_at = time.monotonic()
+            except SplitwiseError as exc:
+                logger.warning("%s", exc)

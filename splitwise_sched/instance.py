@@ -1,0 +1,331 @@
+"""An instance's side of the scheduler, on asyncio: lease, claims, inbox, outputs.
+
+``sync.Instance`` wraps it for engine loops that are no coroutines; both have the same behaviour. Four tasks: one renews
+the lease as long as the serving loop shows that it is alive, one claims and binds, one reads inbox and control stream,
+and one starts anew under a new id when the lease was lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from splitwise_sched.codec import decode_request
+from splitwise_sched.connection import BlockingReader
+from splitwise_sched.errors import Fenced, IncompatibleInstance, InvalidRequest, SplitwiseError, StoreUnavailable
+from splitwise_sched.outputs import encode_output
+from splitwise_sched.records import (
+    Claim,
+    DecodeAssigned,
+    Dropped,
+    InstanceEvent,
+    LeaseLost,
+    PrefillAssigned,
+    Registration,
+)
+from splitwise_sched.settings import SchedulerSettings
+from splitwise_sched.store import Store
+from splitwise_sched.types import Output, Request, Role, check_id
+
+logger = logging.getLogger(__name__)
+
+BLOCK_MS = 500
+MAX_CLAIM = 16
+BIND_RETRY_S = 0.01
+PAUSE_AFTER_FAILURE_S = 0.2
+REREGISTER_PAUSE_S = 1.0
+
+
+class InstanceSession:
+    """One instance of a topic.
+
+    Args:
+        on_event: called in the event loop's thread with everything that the serving loop must act on.
+
+    ``start`` registers; ``close`` gives back what is held and leaves. All other methods return at once and must be
+    called in the event loop's thread.
+    """
+
+    def __init__(
+        self, settings: SchedulerSettings, registration: Registration, on_event: Callable[[InstanceEvent], None]
+    ) -> None:
+        check_id("instance", registration.name)
+        self.instance_id = ""
+        self.store = Store(settings)
+        self._settings = settings
+        self._registration = registration
+        self._emit = on_event
+        self._lease_ms = int(settings.instance_lease_s * 1000)
+        self._retain_ms = int(settings.scheduler_ttl * 1000)
+        self._room = 0
+        self._has_room = asyncio.Event()
+        self._load: dict[str, int | float | str] = {}
+        self._alive_at = 0.0
+        self._frontends: dict[tuple[str, int], str] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._supervisor: asyncio.Task[None] | None = None
+        self._lost: asyncio.Future[str] | None = None
+
+    # ---- life ----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Connect, check the server, register.
+
+        Raises:
+            StoreUnavailable, StoreUnsuitable: see Store.connect.
+            IncompatibleInstance: a live instance of the topic has another model or KV layout.
+        """
+        await self.store.connect()
+        self.alive()
+        await self._register()
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def close(self) -> None:
+        """Stop claiming, hand what is held back to the queue, give up the lease. Idempotent."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
+            self._supervisor = None
+            await self._stop_tasks()
+            try:
+                await asyncio.wait_for(self._leave(), timeout=5)
+            except (StoreUnavailable, asyncio.TimeoutError) as exc:
+                logger.warning("%s could not take its leave; its lease will lapse: %s", self.instance_id, exc)
+        await self.store.close()
+
+    async def _leave(self) -> None:
+        await self.store.drain()
+        while not (await self.store.reap(self.instance_id, leave=True))[1]:
+            pass
+
+    async def _register(self) -> None:
+        instance_id = f"{self._registration.name}-{secrets.token_hex(4)}"
+        reply = await self.store.register(instance_id, self._registration, self._lease_ms)
+        if reply[0] != "OK":
+            _, other, field, theirs = reply
+            mine = {"model": self._registration.model, **self._registration.must_match}[field]
+            raise IncompatibleInstance(field, mine, theirs, other, self._settings.scheduler_topic)
+        self.instance_id = instance_id
+        self._lost = asyncio.get_running_loop().create_future()
+        self._frontends.clear()
+        self._tasks = [asyncio.create_task(self._keep_lease()), asyncio.create_task(self._read_inbox())]
+        if self._registration.role is not Role.DECODE:
+            self._tasks.append(asyncio.create_task(self._claim()))
+
+    async def _supervise(self) -> None:
+        """Start anew under another id whenever the lease was lost."""
+        while True:
+            assert self._lost is not None
+            reason = await self._lost
+            logger.warning("%s drops its work: %s", self.instance_id, reason)
+            await self._stop_tasks()
+            while True:
+                try:
+                    await self._register()
+                    break
+                except IncompatibleInstance as exc:
+                    self._emit(LeaseLost(str(exc), None))
+                    return
+                except SplitwiseError as exc:
+                    logger.warning("cannot register again yet: %s", exc)
+                    await asyncio.sleep(REREGISTER_PAUSE_S)
+            self._emit(LeaseLost(reason, self.instance_id))
+
+    async def _stop_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._tasks = []
+
+    def _lose(self, reason: str) -> None:
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(reason)
+
+    # ---- what the serving loop says ------------------------------------------------------------------------------
+
+    def alive(self, load: Mapping[str, int | float | str] | None = None) -> None:
+        """The serving loop is going round. Without this the lease lapses after ``instance_lease_s``."""
+        self._alive_at = asyncio.get_running_loop().time()
+        if load is not None:
+            self._load = dict(load)
+
+    def set_room(self, num_requests: int) -> None:
+        """How many more prompts the engine would take now; nothing is claimed beyond that."""
+        self._room = num_requests
+        if num_requests > 0:
+            self._has_room.set()
+        else:
+            self._has_room.clear()
+
+    def publish(self, outputs: Sequence[Output]) -> None:
+        """Send outputs: one entry a front end, and the end of those that end. Outputs of dropped runs are left out."""
+        entries: dict[str, list[str]] = defaultdict(list)
+        ended = []
+        for output in outputs:
+            frontend_id = self._frontends.get((output.request_id, output.epoch))
+            if frontend_id is None:
+                continue
+            if output.finish_reason is not None:
+                ended.append(output)
+            else:
+                entries[frontend_id] += (output.request_id, encode_output(output))
+        for frontend_id, values in entries.items():
+            self._watch(self.store.publish(frontend_id, values))
+        for output in ended:
+            del self._frontends[(output.request_id, output.epoch)]
+            assert output.finish_reason is not None
+            reply = self.store.finish(
+                output.request_id,
+                output.epoch,
+                self.instance_id,
+                encode_output(output),
+                retain_ms=self._retain_ms,
+                reason=output.finish_reason.value,
+                notes=output.stats or {},
+            )
+            self._watch(reply)
+
+    def step(self, request_id: str, epoch: int, notes: Mapping[str, float | int | str]) -> None:
+        """The request's KV is here and decode begins; ``Dropped`` follows when the run was over already."""
+        reply = self.store.step(request_id, epoch, self.instance_id, notes)
+        self._watch(reply, (request_id, epoch))
+
+    def give_back(self, request_id: str, epoch: int, why: str, *, retry: bool) -> None:
+        """This instance cannot go on with the run; ``retry`` when another try may succeed."""
+        self._frontends.pop((request_id, epoch), None)
+        reply = self.store.give_back(request_id, epoch, self.instance_id, why, retry=retry, retain_ms=self._retain_ms)
+        self._watch(reply)
+
+    def _watch(self, reply: asyncio.Future[Any], run: tuple[str, int] | None = None) -> None:
+        def done(future: asyncio.Future[Any]) -> None:
+            if future.cancelled():
+                return
+            if (exc := future.exception()) is not None:
+                # What was to be told is lost with it, so others must take the work over.
+                self._lose(f"Redis did not take its outputs: {exc}")
+            elif run is not None and not future.result():
+                self._drop(*run, "it was taken back")
+
+        reply.add_done_callback(done)
+
+    def _drop(self, request_id: str, epoch: int, reason: str) -> None:
+        if self._frontends.pop((request_id, epoch), None) is not None:
+            self._emit(Dropped(request_id, epoch, reason))
+
+    # ---- tasks ---------------------------------------------------------------------------------------------------
+
+    async def _keep_lease(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._settings.instance_lease_s / 3)
+            if loop.time() - self._alive_at > self._settings.instance_lease_s:
+                logger.warning("the serving loop has not come round for %.1f s", loop.time() - self._alive_at)
+                continue
+            with contextlib.suppress(StoreUnavailable):
+                if not await self.store.renew(self.instance_id, self._lease_ms, self._load):
+                    self._lose(f"the lease of {self._settings.instance_lease_s:g} s was not renewed in time")
+                    return
+
+    async def _claim(self) -> None:
+        async with self.store.reader() as reader:
+            await self._claim_with(reader)
+
+    async def _claim_with(self, reader: BlockingReader) -> None:
+        claims: list[Claim] = []
+        again = False
+        while True:
+            try:
+                if claims:
+                    claims = await self._bind(claims)
+                    if claims:
+                        await asyncio.sleep(BIND_RETRY_S)
+                    continue
+                await self._has_room.wait()
+                count = min(self._room, MAX_CLAIM)
+                claims = await reader.claim(self.instance_id, count, BLOCK_MS, again=again)
+                if again:
+                    claims = [c for c in claims if (c.request_id, c.epoch) not in self._frontends]
+                    again = False
+            except Fenced as exc:
+                self._lose(str(exc))
+                return
+            except StoreUnavailable as exc:
+                logger.warning("%s", exc)
+                again = not claims
+                await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
+
+    async def _bind(self, claims: list[Claim]) -> list[Claim]:
+        """Bind what can be bound; returns the claims that have to wait for a decode instance, in order."""
+        answers = await self.store.bind(self.instance_id, claims, self._retain_ms)
+        by_id = {claim.request_id: claim for claim in claims}
+        waiting = [by_id[a.request_id] for a in answers if a.verdict == "WAIT"]
+        bound = [a for a in answers if a.verdict == "BOUND"]
+        bodies = await self.store.bodies([a.request_id for a in bound])
+        for answer, body in zip(bound, bodies, strict=True):
+            claim = by_id[answer.request_id]
+            self._frontends[(claim.request_id, claim.epoch)] = answer.frontend_id
+            request = self._open(claim.request_id, claim.epoch, body)
+            if request is not None:
+                self._room -= 1
+                self._emit(PrefillAssigned(request, claim.epoch, answer.decode_instance))
+        if self._room <= 0:
+            self._has_room.clear()
+        return waiting
+
+    async def _read_inbox(self) -> None:
+        async with self.store.reader() as reader:
+            await self._read_inbox_with(reader)
+
+    async def _read_inbox_with(self, reader: BlockingReader) -> None:
+        inbox = self.store.keys.inbox(self.instance_id)
+        control = self.store.keys.control(self.instance_id)
+        positions = {inbox: "0-0", control: "0-0"}
+        prefills: dict[str, Mapping[str, str]] = {}
+        while True:
+            try:
+                entries = await reader.read(positions, BLOCK_MS, 256)
+                # An inbox entry is seen before the word to drop it.
+                for key, entry_id, fields in sorted(entries, key=lambda e: e[0] != inbox):
+                    if key == inbox:
+                        await self._take_in(fields, prefills)
+                    elif "drop" in fields and fields.get("epoch", "").isdigit():
+                        self._drop(fields["drop"], int(fields["epoch"]), fields.get("why", ""))
+                    positions[key] = entry_id
+            except StoreUnavailable as exc:
+                logger.warning("%s", exc)
+                await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
+
+    async def _take_in(self, fields: Mapping[str, str], prefills: dict[str, Mapping[str, str]]) -> None:
+        request_id, prefill, epoch_text = fields.get("id", ""), fields.get("prefill", ""), fields.get("epoch", "")
+        if not request_id or not epoch_text.isdigit() or prefill == self.instance_id:
+            return
+        epoch = int(epoch_text)
+        self._frontends[(request_id, epoch)] = fields.get("frontend", "")
+        if prefill not in prefills:
+            record = await self.store.instance_fields(prefill)
+            if not record:
+                # Its lease has lapsed; whoever reaps it takes this run back.
+                self._frontends.pop((request_id, epoch))
+                return
+            if len(prefills) > 1024:
+                prefills.clear()
+            prefills[prefill] = record
+        request = self._open(request_id, epoch, (await self.store.bodies([request_id]))[0])
+        if request is not None:
+            self._emit(DecodeAssigned(request, epoch, prefill, prefills[prefill]))
+
+    def _open(self, request_id: str, epoch: int, body: bytes | None) -> Request | None:
+        if body is None:
+            self.give_back(request_id, epoch, "its body is gone from Redis", retry=True)
+            return None
+        try:
+            return decode_request(body)
+        except InvalidRequest as exc:
+            self.give_back(request_id, epoch, str(exc), retry=False)
+            return None

@@ -1,0 +1,79 @@
+"""Names of everything that Redis holds for one topic.
+
+All keys of a shard share the hash tag ``{topic:shard}``, so that they lie in one Cluster slot and one script may use
+any of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PREFILL_GROUP = "prefill"
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    topic: str
+    shard: int = 0
+
+    @property
+    def prefix(self) -> str:
+        return f"pd:{{{self.topic}:{self.shard}}}:"
+
+    def request(self, request_id: str) -> str:
+        """HASH: the request's record: state, epoch, who holds it, when what happened."""
+        return f"{self.prefix}request:{request_id}"
+
+    def body(self, request_id: str) -> str:
+        """STRING: prompt and sampling parameters (codec.py). The only binary value."""
+        return f"{self.prefix}body:{request_id}"
+
+    @property
+    def queue(self) -> str:
+        """STREAM with group ``prefill``: requests that wait for, or are in, prefill."""
+        return f"{self.prefix}queue"
+
+    def inbox(self, instance_id: str) -> str:
+        """STREAM: requests that this decode instance holds; it reads it alone, and entries go when requests end."""
+        return f"{self.prefix}inbox:{instance_id}"
+
+    def control(self, instance_id: str) -> str:
+        """STREAM: what this instance is told to drop."""
+        return f"{self.prefix}control:{instance_id}"
+
+    def instance(self, instance_id: str) -> str:
+        """HASH that expires: an instance's lease; its role, addresses, capacity and load."""
+        return f"{self.prefix}instance:{instance_id}"
+
+    @property
+    def instances(self) -> str:
+        """SET: ids of all instances that were not yet reaped."""
+        return f"{self.prefix}instances"
+
+    @property
+    def decode_load(self) -> str:
+        """ZSET: live decode instances by the part of their KV capacity that is reserved."""
+        return f"{self.prefix}decode-load"
+
+    def out(self, frontend_id: str) -> str:
+        """STREAM that expires: outputs for this front end, one field a request (outputs.py)."""
+        return f"{self.prefix}out:{frontend_id}"
+
+    def frontend(self, frontend_id: str) -> str:
+        """STRING that expires: a front end's lease."""
+        return f"{self.prefix}frontend:{frontend_id}"
+
+    @property
+    def deadlines(self) -> str:
+        """ZSET: request ids by the Redis time (ms) at which they expire."""
+        return f"{self.prefix}deadlines"
+
+    @property
+    def dead_letter(self) -> str:
+        """STREAM: requests that were given up, with the reason."""
+        return f"{self.prefix}dead-letter"
+
+    @property
+    def counters(self) -> str:
+        """HASH: how many requests were submitted, bound, finished, lost ..."""
+        return f"{self.prefix}counters"

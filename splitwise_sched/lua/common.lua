@@ -1,0 +1,117 @@
+-- common: what several scripts do to a request. store.py puts this text in front of every script.
+--   ARGV[1]  key prefix of the shard, "pd:{topic:shard}:"
+-- Keys that depend on what a record says (who holds the request) are built from the prefix: the hash tag in it keeps
+-- them in the slot of the declared ones, and an ACL's key pattern applies to them all the same.
+
+local P = ARGV[1]
+local FIELDS = {'state', 'epoch', 'attempts', 'frontend', 'queue_entry', 'prefill', 'decode', 'inbox_entry',
+                'kv_reserved', 'kv_tokens', 'input_tokens', 'deadline_ms', 'model'}
+local HISTORY_CHARS = 2000
+
+local function now_ms()
+  local t = redis.call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+
+-- the request's record as a table, or nil
+local function load(id)
+  local values = redis.call('HMGET', P .. 'request:' .. id, unpack(FIELDS))
+  if not values[1] then return nil end
+  local r = {}
+  for i, name in ipairs(FIELDS) do r[name] = values[i] or nil end
+  return r
+end
+
+local function is_live(state)
+  return state == 'queued' or state == 'prefill' or state == 'decode' or state == 'lost'
+end
+
+local function count(what, n)
+  redis.call('HINCRBY', P .. 'counters', what, n or 1)
+end
+
+local function set_load(instance, reserved, capacity)
+  redis.call('ZADD', P .. 'decode-load', 'XX', string.format('%.6f', reserved / capacity), instance)
+end
+
+-- take `tokens` of KV on a live decode instance for one request (negative: give them back)
+local function reserve(instance, tokens, requests)
+  local key = P .. 'instance:' .. instance
+  local capacity = redis.call('HGET', key, 'capacity_tokens')
+  if not capacity then return end
+  local reserved = redis.call('HINCRBY', key, 'reserved_tokens', tokens)
+  redis.call('HINCRBY', key, 'reserved_requests', requests)
+  set_load(instance, reserved, tonumber(capacity))
+end
+
+-- tell an instance to forget a run; one that is gone has no control stream and is not given a new one
+local function drop_from(instance, id, epoch, why)
+  redis.call('XADD', P .. 'control:' .. instance, 'NOMKSTREAM', 'MAXLEN', '~', 10000, '*',
+             'drop', id, 'epoch', epoch, 'why', why)
+end
+
+-- take a request out of the hands of everybody: queue entry, inbox entry, KV reservation; legs other than `from` are told
+local function let_go(id, r, from, why)
+  if r.queue_entry then
+    redis.call('XACK', P .. 'queue', 'prefill', r.queue_entry)
+    redis.call('XDEL', P .. 'queue', r.queue_entry)
+  end
+  if r.inbox_entry and r.decode then
+    redis.call('XDEL', P .. 'inbox:' .. r.decode, r.inbox_entry)
+    reserve(r.decode, -tonumber(r.kv_reserved or 0), -1)
+    if r.decode ~= from then drop_from(r.decode, id, r.epoch, why) end
+  end
+  if r.prefill and r.state == 'prefill' and r.prefill ~= from and r.prefill ~= r.decode then
+    drop_from(r.prefill, id, r.epoch, why)
+  end
+  redis.call('HDEL', P .. 'request:' .. id, 'queue_entry', 'inbox_entry', 'kv_reserved')
+end
+
+-- a front end that is gone has no stream and is not given a new one
+local function notify(frontend, id, value)
+  redis.call('XADD', P .. 'out:' .. frontend, 'NOMKSTREAM', 'MAXLEN', '~', 200000, '*', id, value)
+end
+
+local function enqueue(id, epoch, input_tokens, model)
+  return redis.call('XADD', P .. 'queue', '*', 'id', id, 'epoch', epoch, 'tokens', input_tokens, 'model', model)
+end
+
+local function remember(id, line)
+  local key = P .. 'request:' .. id
+  local history = (redis.call('HGET', key, 'history') or '') .. line .. '; '
+  redis.call('HSET', key, 'history', string.sub(history, -HISTORY_CHARS))
+end
+
+-- the run under r.epoch is over without an answer: its front end is told, and puts the request back
+local function lose(id, r, from, why)
+  let_go(id, r, from, why)
+  local epoch = redis.call('HINCRBY', P .. 'request:' .. id, 'epoch', 1)
+  redis.call('HSET', P .. 'request:' .. id, 'state', 'lost', 'reason', why)
+  remember(id, 'epoch ' .. r.epoch .. ' in ' .. r.state .. ': ' .. why)
+  notify(r.frontend, id, epoch .. ':0::' .. cjson.encode({lost = why}))
+  count('lost')
+end
+
+-- the request ends for good in `state`; its record stays for retain_ms
+local function close(id, state, why, retain_ms)
+  local key = P .. 'request:' .. id
+  redis.call('HSET', key, 'state', state, 'reason', why, 'finished_ms', now_ms())
+  redis.call('ZREM', P .. 'deadlines', id)
+  redis.call('UNLINK', P .. 'body:' .. id)
+  redis.call('PEXPIRE', key, retain_ms)
+  count(state)
+end
+
+-- end a request that nobody finished: both legs and its front end are told
+local function terminate(id, r, state, why, retain_ms)
+  let_go(id, r, '', why)
+  local epoch = redis.call('HINCRBY', P .. 'request:' .. id, 'epoch', 1)
+  close(id, state, why, retain_ms)
+  local finish = state
+  if state == 'failed' then
+    finish = 'error'
+    redis.call('XADD', P .. 'dead-letter', 'MAXLEN', '~', 10000, '*', 'id', id, 'why', why, 'attempts',
+               r.attempts or 0, 'history', redis.call('HGET', P .. 'request:' .. id, 'history') or '')
+  end
+  notify(r.frontend, id, epoch .. ':0::' .. cjson.encode({finish = finish, detail = why}))
+end

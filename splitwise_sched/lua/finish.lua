@@ -1,0 +1,15 @@
+-- finish: the last output of a request goes to its front end, and everything that it held is free.
+--   KEYS     request:<id>, queue, deadlines, counters, body:<id>
+--   ARGV[2]  request id      [3] epoch      [4] instance that ends it      [5] the output, as in outputs.py
+--   ARGV[6]  ms of retention [7] reason     [8...] fields and values to note in the record
+--   returns  1, also when it was done before | 0: this run is over, drop it
+
+local id, r = ARGV[2], load(ARGV[2])
+if not r or r.epoch ~= ARGV[3] then return 0 end
+if r.state == 'done' then return 1 end
+if r.state ~= 'prefill' and r.state ~= 'decode' then return 0 end
+let_go(id, r, ARGV[4], 'it is finished')
+if #ARGV > 7 then redis.call('HSET', KEYS[1], unpack(ARGV, 8)) end
+close(id, 'done', ARGV[7], tonumber(ARGV[6]))
+notify(r.frontend, id, ARGV[5])
+return 1

@@ -1,0 +1,54 @@
+-- reap: take back what an instance without a lease held, a bounded number of requests a call.
+--   KEYS     instance:<id>, queue, inbox:<id>, control:<id>, instances, decode-load, counters
+--   ARGV[2]  instance id      [3] requests at most      [4] "leave": it says so itself, and gives its lease up
+--   returns  {requests taken back, 1 when nothing of it is left | 0}
+
+local me, limit = ARGV[2], tonumber(ARGV[3])
+if ARGV[4] == 'leave' then redis.call('UNLINK', KEYS[1]) end
+if redis.call('EXISTS', KEYS[1]) == 1 then return {0, 0} end
+redis.call('ZREM', KEYS[6], me)
+local why = 'instance ' .. me .. (ARGV[4] == 'leave' and ' stopped' or ' lost its lease')
+
+local function of(entry)
+  local named = {}
+  for i = 1, #entry, 2 do named[entry[i]] = entry[i + 1] end
+  return named.id, named.epoch
+end
+
+local taken, looked = 0, 0
+local pending = redis.pcall('XPENDING', KEYS[2], 'prefill', '-', '+', limit, me)
+if pending.err then pending = {} end
+for _, p in ipairs(pending) do
+  looked = looked + 1
+  local entry = redis.call('XRANGE', KEYS[2], p[1], p[1])[1]
+  local id, epoch
+  if entry then id, epoch = of(entry[2]) end
+  local r = id and load(id)
+  redis.call('XACK', KEYS[2], 'prefill', p[1])
+  redis.call('XDEL', KEYS[2], p[1])
+  if r and r.epoch == epoch and r.queue_entry == p[1] then
+    taken = taken + 1
+    if r.state == 'queued' then
+      local raised = redis.call('HINCRBY', P .. 'request:' .. id, 'epoch', 1)
+      redis.call('HSET', P .. 'request:' .. id, 'queue_entry', enqueue(id, raised, r.input_tokens, r.model))
+    elseif r.state == 'prefill' then
+      lose(id, r, me, why)
+    end
+  end
+end
+for _, e in ipairs(redis.call('XRANGE', KEYS[3], '-', '+', 'COUNT', limit)) do
+  looked = looked + 1
+  local id, epoch = of(e[2])
+  local r = id and load(id)
+  if r and r.epoch == epoch and r.decode == me and (r.state == 'prefill' or r.state == 'decode') then
+    taken = taken + 1
+    lose(id, r, me, why)
+  end
+  redis.call('XDEL', KEYS[3], e[1])
+end
+if looked > 0 then return {taken, 0} end
+redis.pcall('XGROUP', 'DELCONSUMER', KEYS[2], 'prefill', me)
+redis.call('SREM', KEYS[5], me)
+redis.call('UNLINK', KEYS[3], KEYS[4])
+count('instances_reaped')
+return {taken, 1}

@@ -1,0 +1,34 @@
+-- resubmit: its front end puts a request back that lost its instance, or that Redis no longer knows.
+--   KEYS     request:<id>, queue, deadlines, counters
+--   ARGV[2]  request id        [3] front end        [4] nonce of the submit
+--   ARGV[5]  highest epoch that the front end has seen      [6] ms until it expires      [7] ms of retention
+--   ARGV[8]  input tokens (prompt and what was emitted)     [9] KV tokens to reserve     [10] model
+--   ARGV[11] attempts at most  [12] attempts that the front end knows of
+--   returns  {"QUEUED", epoch} | {"HELD", state} | {"ENDED", state, reason} | {"FAILED", reason}
+
+local id, timeout, retain = ARGV[2], tonumber(ARGV[6]), tonumber(ARGV[7])
+local r = load(id)
+if r and r.state ~= 'lost' then
+  if is_live(r.state) then return {'HELD', r.state} end
+  return {'ENDED', r.state, redis.call('HGET', KEYS[1], 'reason') or ''}
+end
+local now, epoch, attempts = now_ms(), 0, 0
+if r then
+  epoch, attempts = tonumber(r.epoch), tonumber(r.attempts)
+  if attempts >= tonumber(ARGV[11]) then
+    local why = 'given up after ' .. attempts .. ' attempts, the last: ' .. (redis.call('HGET', KEYS[1], 'reason') or '')
+    terminate(id, r, 'failed', why, retain)
+    return {'FAILED', why}
+  end
+else
+  epoch, attempts = tonumber(ARGV[5]) + 1, tonumber(ARGV[12])
+  redis.call('HSET', KEYS[1], 'created_ms', now)
+end
+local entry = enqueue(id, epoch, ARGV[8], ARGV[10])
+redis.call('HSET', KEYS[1], 'state', 'queued', 'epoch', epoch, 'attempts', attempts, 'frontend', ARGV[3],
+           'nonce', ARGV[4], 'model', ARGV[10], 'input_tokens', ARGV[8], 'kv_tokens', ARGV[9],
+           'deadline_ms', now + timeout, 'queue_entry', entry)
+redis.call('PEXPIRE', KEYS[1], timeout + retain)
+redis.call('ZADD', KEYS[3], now + timeout, id)
+count('resubmitted')
+return {'QUEUED', epoch}

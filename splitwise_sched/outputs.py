@@ -1,0 +1,78 @@
+"""Outputs as text in a front end's stream: one field a request, one entry an engine step.
+
+``<epoch>:<index>:<token id> <token id> ...[:<JSON>]``, where the JSON object holds what is rarely there: logprobs, how
+the request ended, what was measured. An instance's loss is told in the same stream, as ``{"lost": "<why>"}``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from splitwise_sched.errors import SplitwiseError
+from splitwise_sched.types import FinishReason, Output, TokenLogprob
+
+MAX_CHUNK_CHARS = 4 << 20
+
+
+class MalformedOutput(SplitwiseError):
+    """A field in a front end's stream that no instance of this version writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The request's instance died or gave it back; ``epoch`` is the one under which it may be put back."""
+
+    request_id: str
+    epoch: int
+    reason: str
+
+
+def encode_output(output: Output) -> str:
+    text = f"{output.epoch}:{output.index}:{' '.join(map(str, output.token_ids))}"
+    extra: dict[str, Any] = {}
+    if output.logprobs:
+        extra["logprobs"] = [[p.token_id, p.logprob, *(list(t) for t in p.top)] for p in output.logprobs]
+    if output.finish_reason is not None:
+        extra["finish"] = output.finish_reason.value
+        if output.stop_reason is not None:
+            extra["stop"] = output.stop_reason
+        if output.detail is not None:
+            extra["detail"] = output.detail
+        if output.stats:
+            extra["stats"] = dict(output.stats)
+    return f"{text}:{json.dumps(extra, separators=(',', ':'))}" if extra else text
+
+
+def decode_output(request_id: str, value: str) -> Output | Lost:
+    """Raises MalformedOutput; nothing in ``value`` is trusted."""
+    try:
+        if len(value) > MAX_CHUNK_CHARS:
+            raise ValueError(f"{len(value)} characters")
+        epoch, index, tokens, *rest = value.split(":", 3)
+        extra = json.loads(rest[0]) if rest else {}
+        if not isinstance(extra, dict):
+            raise ValueError("no JSON object")
+        if "lost" in extra:
+            return Lost(request_id, int(epoch), str(extra["lost"]))
+        finish = extra.get("finish")
+        stop = extra.get("stop")
+        stats = extra.get("stats")
+        return Output(
+            request_id=request_id,
+            epoch=int(epoch),
+            index=int(index),
+            token_ids=tuple(map(int, tokens.split())) if tokens else (),
+            logprobs=tuple(_logprob(p) for p in extra.get("logprobs", ())),
+            finish_reason=None if finish is None else FinishReason(finish),
+            stop_reason=stop if isinstance(stop, (str, int)) else None,
+            detail=None if extra.get("detail") is None else str(extra["detail"]),
+            stats=stats if isinstance(stats, dict) else None,
+        )
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as exc:
+        raise MalformedOutput(f"output of {request_id} is not readable: {value[:200]!r} ({exc})") from exc
+
+
+def _logprob(raw: Any) -> TokenLogprob:
+    return TokenLogprob(int(raw[0]), float(raw[1]), tuple((int(t), float(p)) for t, p in raw[2:]))

@@ -1,0 +1,227 @@
+"""The topic in Redis: one typed method a script or command (lua/, keys.py)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from splitwise_sched.connection import Connection, as_dict
+from splitwise_sched.errors import CommandRefused
+from splitwise_sched.keys import PREFILL_GROUP
+from splitwise_sched.records import Bound, Claim, InstanceRecord, Registration
+
+OUT_MAXLEN = 200_000
+HELLO = "#hello"  # a field that is no request id: it only makes the stream exist
+
+
+class Store(Connection):
+    """What front ends and instances do to a topic."""
+
+    # ---- front ends ----------------------------------------------------------------------------------------------
+
+    async def submit(
+        self,
+        request_id: str,
+        body: bytes,
+        *,
+        frontend_id: str,
+        nonce: str,
+        timeout_ms: int,
+        retain_ms: int,
+        input_tokens: int,
+        kv_tokens: int,
+        model: str,
+    ) -> tuple[str, Any]:
+        """See submit.lua. The body of a request that is refused does not stay."""
+        k = self.keys
+        set_body = self.call("SET", k.body(request_id), body, "NX", "PX", timeout_ms + retain_ms)
+        reply = await self.script(
+            "submit", (k.request(request_id), k.queue, k.deadlines, k.counters), request_id, frontend_id, nonce,
+            self._settings.scheduler_max_size, timeout_ms, retain_ms, input_tokens, kv_tokens, model,
+        )  # fmt: skip
+        if reply[0] != "QUEUED" and await set_body:
+            await self.call("UNLINK", k.body(request_id))
+        return reply[0], reply[1]
+
+    async def resubmit(
+        self,
+        request_id: str,
+        body: bytes,
+        *,
+        frontend_id: str,
+        nonce: str,
+        epoch_seen: int,
+        timeout_ms: int,
+        retain_ms: int,
+        input_tokens: int,
+        kv_tokens: int,
+        model: str,
+        attempts: int,
+    ) -> list[Any]:
+        """See resubmit.lua. Only for a request that is lost or missing: the body is replaced."""
+        k = self.keys
+        self.call("SET", k.body(request_id), body, "PX", timeout_ms + retain_ms)
+        return cast("list[Any]", await self.script(
+            "resubmit", (k.request(request_id), k.queue, k.deadlines, k.counters), request_id, frontend_id, nonce,
+            epoch_seen, timeout_ms, retain_ms, input_tokens, kv_tokens, model,
+            self._settings.scheduler_max_attempts, attempts,
+        ))  # fmt: skip
+
+    async def cancel(self, request_id: str, why: str, retain_ms: int, state: str = "cancelled") -> tuple[bool, str]:
+        """See cancel.lua: whether it was ended by this call, and the state that it was in."""
+        k = self.keys
+        keys = (k.request(request_id), k.queue, k.deadlines, k.counters)
+        reply = await self.script("cancel", keys, request_id, why, retain_ms, state)
+        return bool(reply[0]), reply[1]
+
+    async def open_out(self, frontend_id: str, lease_ms: int) -> None:
+        """Make the front end's stream and lease; keeps what is in the stream."""
+        await asyncio.gather(
+            self.call("XADD", self.keys.out(frontend_id), "*", HELLO, frontend_id),
+            self.call("PEXPIRE", self.keys.out(frontend_id), lease_ms),
+            self.call("SET", self.keys.frontend(frontend_id), "alive", "PX", lease_ms),
+        )
+
+    async def renew_frontend(self, frontend_id: str, lease_ms: int, read_up_to: str) -> bool:
+        """Renew lease and stream, and drop entries before ``read_up_to``. False: the stream is gone, make it anew."""
+        out = self.keys.out(frontend_id)
+        alive, _, _ = await asyncio.gather(
+            self.call("PEXPIRE", out, lease_ms),
+            self.call("SET", self.keys.frontend(frontend_id), "alive", "PX", lease_ms),
+            self.call("XTRIM", out, "MINID", "~", read_up_to),
+        )
+        return bool(alive)
+
+    async def close_out(self, frontend_id: str) -> None:
+        await self.call("UNLINK", self.keys.out(frontend_id), self.keys.frontend(frontend_id))
+
+    async def request_states(self, request_ids: Sequence[str]) -> list[tuple[str, int] | None]:
+        """[num_requests] state and epoch of each, None where Redis does not know it."""
+        calls = [self.call("HMGET", self.keys.request(i), "state", "epoch") for i in request_ids]
+        return [(state, int(epoch or 0)) if state else None for state, epoch in await asyncio.gather(*calls)]
+
+    async def request_record(self, request_id: str) -> dict[str, str]:
+        return as_dict(await self.call("HGETALL", self.keys.request(request_id)))
+
+    async def counters(self) -> dict[str, str]:
+        return as_dict(await self.call("HGETALL", self.keys.counters))
+
+    async def queue_depth(self) -> int:
+        return int(await self.call("XLEN", self.keys.queue))
+
+    # ---- instances -----------------------------------------------------------------------------------------------
+
+    async def register(self, instance_id: str, registration: Registration, lease_ms: int) -> tuple[str, ...]:
+        """See register.lua: ("OK",) or ("INCOMPATIBLE", other instance, field, its value)."""
+        k, r = self.keys, registration
+        must_match = {"model": r.model, **r.must_match}
+        rest = {
+            "name": r.name,
+            "capacity_tokens": str(r.capacity_tokens),
+            "capacity_requests": str(r.capacity_requests),
+            "block_size": str(r.block_size),
+            "max_model_len": str(r.max_model_len),
+            **r.details,
+        }
+        reply = await self.script(
+            "register", (k.instance(instance_id), k.instances, k.decode_load, k.queue, k.control(instance_id)),
+            instance_id, lease_ms, r.role.value, len(must_match), *_flat({**must_match, **rest}),
+        )  # fmt: skip
+        return tuple(reply)
+
+    async def renew(self, instance_id: str, lease_ms: int, load: Mapping[str, int | float | str]) -> bool:
+        """False: the lease has lapsed."""
+        return bool(await self.script("renew", (self.keys.instance(instance_id),), lease_ms, *_flat(load)))
+
+    async def reap(self, instance_id: str, limit: int = 200, *, leave: bool = False) -> tuple[int, bool]:
+        """See reap.lua: how many requests were taken back, and whether nothing of the instance is left."""
+        k = self.keys
+        reply = await self.script(
+            "reap", (k.instance(instance_id), k.queue, k.inbox(instance_id), k.control(instance_id), k.instances,
+                     k.decode_load, k.counters), instance_id, limit, "leave" if leave else "",
+        )  # fmt: skip
+        return int(reply[0]), bool(reply[1])
+
+    async def instances_without_lease(self) -> list[str]:
+        """Ids of instances whose lease lapsed: of those registered, and of queue consumers (zombies that woke)."""
+        consumers = self.call("XINFO", "CONSUMERS", self.keys.queue, PREFILL_GROUP)
+        known = set(await self.call("SMEMBERS", self.keys.instances))
+        try:
+            known |= {as_dict(row)["name"] for row in await consumers}
+        except CommandRefused:
+            pass  # without a queue there are no consumers: the first instance makes it
+        ids = sorted(known)
+        lacking = await asyncio.gather(*(self.lacks_lease(i) for i in ids))
+        return [i for i, lacks in zip(ids, lacking, strict=True) if lacks]
+
+    async def lacks_lease(self, instance_id: str) -> bool:
+        return not await self.call("EXISTS", self.keys.instance(instance_id))
+
+    async def live_instances(self) -> list[InstanceRecord]:
+        members = sorted(await self.call("SMEMBERS", self.keys.instances))
+        replies = await asyncio.gather(*(self.call("HGETALL", self.keys.instance(m)) for m in members))
+        records = (InstanceRecord.from_fields(m, as_dict(f)) for m, f in zip(members, replies, strict=True) if f)
+        return [r for r in records if r is not None]
+
+    async def instance_fields(self, instance_id: str) -> dict[str, str]:
+        return as_dict(await self.call("HGETALL", self.keys.instance(instance_id)))
+
+    async def bodies(self, request_ids: Sequence[str]) -> list[bytes | None]:
+        calls = [self.call("GET", self.keys.body(i), binary=True) for i in request_ids]
+        return list(await asyncio.gather(*calls))
+
+    async def bind(self, instance_id: str, claims: Sequence[Claim], retain_ms: int) -> list[Bound]:
+        """See bind.lua. Raises Fenced when this instance has no lease."""
+        k = self.keys
+        flat = [x for c in claims for x in (c.entry_id, c.request_id, c.epoch)]
+        reply = await self.script(
+            "bind", (k.instance(instance_id), k.queue, k.decode_load, k.counters), instance_id, retain_ms, *flat
+        )
+        return [Bound(*row) for row in reply]
+
+    def step(
+        self, request_id: str, epoch: int, instance_id: str, notes: Mapping[str, float | int | str]
+    ) -> asyncio.Future[Any]:
+        """See step.lua; the future's result is 1 or 0."""
+        k = self.keys
+        return self.script("step", (k.request(request_id), k.queue), request_id, epoch, instance_id, *_flat(notes))
+
+    def finish(
+        self,
+        request_id: str,
+        epoch: int,
+        instance_id: str,
+        output: str,
+        *,
+        retain_ms: int,
+        reason: str,
+        notes: Mapping[str, float | int | str],
+    ) -> asyncio.Future[Any]:
+        """See finish.lua; the future's result is 1 or 0."""
+        k = self.keys
+        keys = (k.request(request_id), k.queue, k.deadlines, k.counters, k.body(request_id))
+        return self.script("finish", keys, request_id, epoch, instance_id, output, retain_ms, reason, *_flat(notes))
+
+    def give_back(
+        self, request_id: str, epoch: int, instance_id: str, why: str, *, retry: bool, retain_ms: int
+    ) -> asyncio.Future[Any]:
+        """See give_back.lua; the future's result is 1 or 0."""
+        k = self.keys
+        keys = (k.request(request_id), k.queue, k.deadlines, k.counters)
+        return self.script(
+            "give_back", keys, request_id, epoch, instance_id, why, "retry" if retry else "fail", retain_ms
+        )
+
+    def publish(self, frontend_id: str, values: Sequence[str]) -> asyncio.Future[Any]:
+        """One entry for a front end: request id, output, request id, output ...; dropped when the front end is gone."""
+        return self.call("XADD", self.keys.out(frontend_id), "NOMKSTREAM", "MAXLEN", "~", OUT_MAXLEN, "*", *values)
+
+    async def expire(self, limit: int, retain_ms: int) -> int:
+        """See expire.lua."""
+        k = self.keys
+        return int(await self.script("expire", (k.deadlines, k.queue, k.counters), limit, retain_ms))
+
+
+def _flat(fields: Mapping[str, Any]) -> list[Any]:
+    return [x for pair in fields.items() for x in pair]

@@ -1,0 +1,207 @@
+"""An instance for serving loops that are no coroutines: the session runs in a thread of its own.
+
+The loop calls ``poll`` each time round: it says that it is alive and how much it would take, and gets what came. No
+call waits for Redis.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from splitwise_sched.errors import SplitwiseError, StoreUnavailable
+from splitwise_sched.instance import InstanceSession
+from splitwise_sched.records import InstanceEvent, LeaseLost, PrefillAssigned, Registration
+from splitwise_sched.settings import SchedulerSettings
+from splitwise_sched.types import Output
+
+logger = logging.getLogger(__name__)
+
+MAX_UNSENT = 100_000
+
+
+class Instance:
+    """An instance of a topic, driven by one serving loop in one thread.
+
+    Args:
+        on_event: called from the I/O thread when ``poll`` has something new; must return at once (set an event).
+
+    ``start`` begins the I/O thread and registers; ``close`` ends it. Between them, only the serving loop's thread
+    calls the other methods.
+    """
+
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        registration: Registration,
+        on_event: Callable[[], None] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._registration = registration
+        self._notify = on_event or (lambda: None)
+        self._events: deque[InstanceEvent] = deque()
+        self._commands: deque[Callable[[InstanceSession], None]] = deque()
+        self._flush_due = False
+        self._num_unread_prefills = 0
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._session: InstanceSession | None = None
+        self._thread: threading.Thread | None = None
+        self._stop: asyncio.Event | None = None
+
+    @property
+    def instance_id(self) -> str:
+        """Changes when a lease was lost."""
+        return self._session.instance_id if self._session is not None else ""
+
+    @property
+    def server(self) -> str:
+        """Name and version of the server, "" before ``start``."""
+        return self._session.store.server if self._session is not None else ""
+
+    def start(self, timeout_s: float = 30.0) -> None:
+        """Raises what InstanceSession.start raises; nothing runs on after that."""
+        started: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._run, args=(started,), name="splitwise-instance", daemon=True)
+        self._thread.start()
+        try:
+            started.result(timeout_s)
+        except concurrent.futures.TimeoutError as exc:
+            self.close()
+            raise StoreUnavailable(f"Redis did not answer within {timeout_s:g} s") from exc
+        except SplitwiseError:
+            self._thread.join(timeout_s)
+            self._thread = None
+            raise
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Hand back what is held, give up the lease, end the thread. Idempotent."""
+        thread, loop, stop = self._thread, self._loop, self._stop
+        if thread is None:
+            return
+        if loop is not None and stop is not None and thread.is_alive():
+            try:
+                loop.call_soon_threadsafe(stop.set)
+            except RuntimeError:
+                logger.debug("the I/O thread had ended by itself")
+        thread.join(timeout_s)
+        if thread.is_alive():
+            logger.warning("the scheduler's I/O thread did not end within %g s", timeout_s)
+        self._thread = None
+
+    # ---- the serving loop ----------------------------------------------------------------------------------------
+
+    def poll(self, room: int, load: Mapping[str, int | float | str]) -> list[InstanceEvent]:
+        """Once each time round: what came since the last call.
+
+        Args:
+            room: how many more prompts the engine would take now.
+            load: readable figures for the lease record.
+        """
+        with self._lock:
+            events = list(self._events)
+            self._events.clear()
+            self._num_unread_prefills = 0
+        self._do(lambda session: self._report(session, room, load))
+        return events
+
+    def publish(self, outputs: Sequence[Output]) -> None:
+        """See InstanceSession.publish."""
+        if outputs:
+            self._do(lambda session: session.publish(outputs))
+
+    def step(self, request_id: str, epoch: int, notes: Mapping[str, float | int | str]) -> None:
+        """See InstanceSession.step."""
+        self._do(lambda session: session.step(request_id, epoch, notes))
+
+    def give_back(self, request_id: str, epoch: int, why: str, *, retry: bool) -> None:
+        """See InstanceSession.give_back."""
+        self._do(lambda session: session.give_back(request_id, epoch, why, retry=retry))
+
+    # ---- between the threads -------------------------------------------------------------------------------------
+
+    def _report(self, session: InstanceSession, room: int, load: Mapping[str, int | float | str]) -> None:
+        session.alive(load)
+        with self._lock:
+            unread = self._num_unread_prefills
+        session.set_room(room - unread)
+
+    def _do(self, command: Callable[[InstanceSession], None]) -> None:
+        if len(self._commands) >= MAX_UNSENT:
+            raise StoreUnavailable(f"{MAX_UNSENT} commands wait for the I/O thread: it has stopped")
+        self._commands.append(command)
+        if not self._flush_due and self._loop is not None:
+            self._flush_due = True
+            try:
+                self._loop.call_soon_threadsafe(self._flush)
+            except RuntimeError as exc:
+                raise StoreUnavailable("the scheduler's I/O thread has ended") from exc
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        session = self._session
+        while self._commands and session is not None:
+            self._commands.popleft()(session)
+
+    def _on_event(self, event: InstanceEvent) -> None:
+        with self._lock:
+            if isinstance(event, LeaseLost):
+                # What was assigned before is no longer this instance's.
+                self._events.clear()
+                self._num_unread_prefills = 0
+            self._events.append(event)
+            self._num_unread_prefills += isinstance(event, PrefillAssigned)
+        self._notify()
+
+    def _run(self, started: concurrent.futures.Future[None]) -> None:
+        try:
+            with asyncio.Runner(loop_factory=_loop_factory()) if hasattr(asyncio, "Runner") else _OldRunner() as runner:
+                runner.run(self._main(started))
+        except SplitwiseError as exc:
+            logger.error("the scheduler's I/O thread ends: %s", exc)
+
+    async def _main(self, started: concurrent.futures.Future[None]) -> None:
+        self._stop = asyncio.Event()
+        session = InstanceSession(self._settings, self._registration, self._on_event)
+        try:
+            await session.start()
+        except SplitwiseError as exc:
+            await session.store.close()
+            started.set_exception(exc)
+            return
+        self._session = session
+        self._loop = asyncio.get_running_loop()
+        started.set_result(None)
+        self._flush()
+        try:
+            await self._stop.wait()
+            self._flush()
+        finally:
+            await session.close()
+
+
+class _OldRunner:
+    """asyncio.Runner for Python 3.10."""
+
+    def __enter__(self) -> _OldRunner:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+    def run(self, main: Any) -> None:
+        asyncio.run(main)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where it is installed: a third less CPU a command."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
