@@ -32,6 +32,7 @@ READ_COUNT = 512
 VERIFY_PERIOD_S = 3.0
 VERIFY_AFTER_S = 1.0
 VERIFY_BATCH = 500
+DOUBTS = 2
 INSTANCES_CACHE_S = 0.5
 PAUSE_AFTER_FAILURE_S = 0.2
 BAD_ENDS = {FinishReason.ERROR: "failed", FinishReason.EXPIRED: "expired"}
@@ -277,11 +278,11 @@ class FrontEnd:
 
     # ---- recovery ------------------------------------------------------------------------------------------------
 
-    def _recover(self, stream: OutputStream, reason: str) -> None:
+    def _recover(self, stream: OutputStream, reason: str, *, done_too: bool = False) -> None:
         if stream.recovery is None or stream.recovery.done():
-            stream.recovery = asyncio.create_task(self._put_back(stream, reason))
+            stream.recovery = asyncio.create_task(self._put_back(stream, reason, done_too))
 
-    async def _put_back(self, stream: OutputStream, reason: str) -> None:
+    async def _put_back(self, stream: OutputStream, reason: str, done_too: bool) -> None:
         """Queue a lost request again, with what its user already has as part of its input."""
         emitted = tuple(stream.assembly.token_ids)
         request = replace(stream.request, emitted_token_ids=emitted)
@@ -295,6 +296,7 @@ class FrontEnd:
             await self._end(stream, FinishReason.EXPIRED, f"its time was over; before that: {reason}")
             return
         try:
+            await self._renew()
             verdict, *detail = await self.store.resubmit(
                 request.request_id,
                 encode_request(request),
@@ -307,6 +309,7 @@ class FrontEnd:
                 kv_tokens=self._kv_tokens(request),
                 model=request.model,
                 attempts=stream.attempts,
+                done_too=done_too,
             )
         except StoreUnavailable as exc:
             logger.warning("%s is put back when Redis answers again: %s", request.request_id, exc)
@@ -317,7 +320,7 @@ class FrontEnd:
         elif verdict == "FAILED":
             await self._end(stream, FinishReason.ERROR, str(detail[0]))
         elif verdict == "ENDED":
-            self._doubt(stream, str(detail[0]))
+            self._doubt(stream, *map(str, detail))
 
     async def _end(self, stream: OutputStream, reason: FinishReason, detail: str | None) -> None:
         """End a request from here; its record in Redis is closed if it is still open."""
@@ -357,24 +360,32 @@ class FrontEnd:
                 stream.assembly.raise_epoch(known[1])
                 self._recover(stream, "an instance was lost")
             elif known[0] not in ("queued", "prefill", "decode"):
-                self._doubt(stream, known[0])
+                self._doubt(stream, known[0], "")
 
-    def _doubt(self, stream: OutputStream, state: str) -> None:
+    def _doubt(self, stream: OutputStream, state: str, reason: str) -> None:
         """Redis says that it ended, but its last output has not come: it may be under way, or trimmed away."""
         stream.doubts += 1
-        if stream.doubts > 2 and not stream.assembly.ended:
+        if stream.doubts < DOUBTS or stream.assembly.ended:
+            return
+        if state == "done":
+            stream.doubts = 0
+            self._recover(stream, "its last outputs never came", done_too=True)
+        else:
             stream.assembly.ended = True
             self._streams.pop(stream.request_id, None)
-            stream.put(RequestFailed(stream.request_id, "overrun", f"it is {state}, but its last outputs were trimmed "
-                                     "from the front end's stream before they were read"))  # fmt: skip
+            stream.put(RequestFailed(stream.request_id, state, reason or "the word why was lost on its way"))
+
+    async def _renew(self) -> None:
+        """Renew lease and stream; make them anew when Redis has lost them."""
+        if not await self.store.renew_frontend(self.frontend_id, self._lease_ms, self._read_up_to):
+            await self.store.open_out(self.frontend_id, self._lease_ms)
+            self._verify_now.set()
+        self._seen_at = time.monotonic()
 
     async def _keep_lease(self) -> None:
         while True:
             await asyncio.sleep(self.settings.frontend_lease_s / 3)
             try:
-                if not await self.store.renew_frontend(self.frontend_id, self._lease_ms, self._read_up_to):
-                    await self.store.open_out(self.frontend_id, self._lease_ms)
-                    self._verify_now.set()
-                self._seen_at = time.monotonic()
+                await self._renew()
             except SplitwiseError as exc:
                 logger.warning("%s", exc)

@@ -74,15 +74,19 @@ class InstanceSession:
     # ---- life ----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Connect, check the server, register.
+        """Connect, check the server, register. When it raises, nothing runs on.
 
         Raises:
             StoreUnavailable, StoreUnsuitable: see Store.connect.
             IncompatibleInstance: a live instance of the topic has another model or KV layout.
         """
-        await self.store.connect()
-        self.alive()
-        await self._register()
+        try:
+            await self.store.connect()
+            self.alive()
+            await self._register()
+        except SplitwiseError:
+            await self.store.close()
+            raise
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def close(self) -> None:

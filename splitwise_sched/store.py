@@ -58,14 +58,15 @@ class Store(Connection):
         kv_tokens: int,
         model: str,
         attempts: int,
+        done_too: bool,
     ) -> list[Any]:
-        """See resubmit.lua. Only for a request that is lost or missing: the body is replaced."""
+        """See resubmit.lua. Only for a request that nobody works on: the body is replaced."""
         k = self.keys
         self.call("SET", k.body(request_id), body, "PX", timeout_ms + retain_ms)
         return cast("list[Any]", await self.script(
             "resubmit", (k.request(request_id), k.queue, k.deadlines, k.counters), request_id, frontend_id, nonce,
             epoch_seen, timeout_ms, retain_ms, input_tokens, kv_tokens, model,
-            self._settings.scheduler_max_attempts, attempts,
+            self._settings.scheduler_max_attempts, attempts, int(done_too),
         ))  # fmt: skip
 
     async def cancel(self, request_id: str, why: str, retain_ms: int, state: str = "cancelled") -> tuple[bool, str]:

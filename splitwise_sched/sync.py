@@ -171,7 +171,6 @@ class Instance:
         try:
             await session.start()
         except SplitwiseError as exc:
-            await session.store.close()
             started.set_exception(exc)
             return
         self._session = session

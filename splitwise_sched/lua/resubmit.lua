@@ -4,11 +4,14 @@
 --   ARGV[5]  highest epoch that the front end has seen      [6] ms until it expires      [7] ms of retention
 --   ARGV[8]  input tokens (prompt and what was emitted)     [9] KV tokens to reserve     [10] model
 --   ARGV[11] attempts at most  [12] attempts that the front end knows of
+--   ARGV[13] "1": also when it is done, because its last outputs never came to the front end
 --   returns  {"QUEUED", epoch} | {"HELD", state} | {"ENDED", state, reason} | {"FAILED", reason}
 
 local id, timeout, retain = ARGV[2], tonumber(ARGV[6]), tonumber(ARGV[7])
 local r = load(id)
-if r and r.state ~= 'lost' then
+if r and r.state == 'done' and ARGV[13] == '1' then
+  r.epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
+elseif r and r.state ~= 'lost' then
   if is_live(r.state) then return {'HELD', r.state} end
   return {'ENDED', r.state, redis.call('HGET', KEYS[1], 'reason') or ''}
 end
@@ -28,6 +31,7 @@ local entry = enqueue(id, epoch, ARGV[8], ARGV[10])
 redis.call('HSET', KEYS[1], 'state', 'queued', 'epoch', epoch, 'attempts', attempts, 'frontend', ARGV[3],
            'nonce', ARGV[4], 'model', ARGV[10], 'input_tokens', ARGV[8], 'kv_tokens', ARGV[9],
            'deadline_ms', now + timeout, 'queue_entry', entry)
+redis.call('HDEL', KEYS[1], 'finished_ms')
 redis.call('PEXPIRE', KEYS[1], timeout + retain)
 redis.call('ZADD', KEYS[3], now + timeout, id)
 count('resubmitted')
