@@ -15,8 +15,17 @@ import psutil
 import pytest
 import redis
 
-from splitwise_sched.embedded import EmbeddedServer, connect_or_start, default_runtime_dir, rendezvous, share
+from splitwise_sched.embedded import (
+    EmbeddedServer,
+    connect_or_start,
+    default_runtime_dir,
+    rendezvous,
+    scheduler_server,
+    share,
+)
+from splitwise_sched.connection import Connection
 from splitwise_sched.errors import ConfigError, StoreUnavailable
+from splitwise_sched.settings import SchedulerSettings
 
 COMER = (
     "import sys, pathlib\n"
@@ -161,3 +170,22 @@ def test_runtime_directory_follows_xdg_where_that_exists(tmp_path: Path, monkeyp
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
     assert default_runtime_dir() == tmp_path / f"splitwise-sched-{os.geteuid()}"
+
+
+async def test_settings_without_a_host_come_back_with_a_server_that_carries_the_queue(
+    tmp_path: Path, topic: str
+) -> None:
+    settings = SchedulerSettings(scheduler_topic=topic, scheduler_password="pw", scheduler_username="nobody")
+    with scheduler_server(settings, tmp_path / "r") as first, scheduler_server(settings, tmp_path / "r") as second:
+        assert first == second and first.scheduler_topic == topic
+        connection = Connection(first)
+        await connection.connect()
+        await connection.close()
+        assert connection.server.split()[0] in ("redis", "valkey")
+
+
+def test_settings_with_a_host_start_nothing(tmp_path: Path) -> None:
+    settings = SchedulerSettings(scheduler_host="redis.example")
+    with scheduler_server(settings, tmp_path / "r") as same:
+        assert same is settings
+    assert not (tmp_path / "r").exists()
