@@ -15,6 +15,7 @@ import psutil
 import pytest
 import redis
 
+from splitwise_sched.connection import Connection
 from splitwise_sched.embedded import (
     EmbeddedServer,
     connect_or_start,
@@ -23,7 +24,6 @@ from splitwise_sched.embedded import (
     scheduler_server,
     share,
 )
-from splitwise_sched.connection import Connection
 from splitwise_sched.errors import ConfigError, StoreUnavailable
 from splitwise_sched.settings import SchedulerSettings
 
