@@ -1,0 +1,99 @@
+"""Sizing and allocating the KV pool of one engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from engine.transformers.blocks import num_blocks_for
+from engine.transformers.fingerprint import fingerprint
+from engine.transformers.loading import LoadedModel
+from engine.transformers.options import DEFAULT_KV_MEMORY_BYTES, TransformersOptions
+from engine.transformers.paged_kv import PagedKV
+from engine.transformers.probe import KVShape
+from kv_transfer.errors import KVTransferError
+from kv_transfer.layout import KVLayout
+from kv_transfer.memory import KVPool
+from splitwise_sched.errors import ConfigError
+
+
+@dataclass(slots=True)
+class EnginePool:
+    """The pool and its views; closed with the engine.
+
+    Attributes:
+        shared: the pool as shared memory, on CPU.
+        max_model_len: tokens of one sequence, at most.
+    """
+
+    layout: KVLayout
+    kv: PagedKV
+    shared: Sequence[KVPool]
+    max_model_len: int
+
+    def close(self) -> None:
+        """Drop the views, then the memory."""
+        del self.kv
+        for pool in self.shared:
+            pool.close()
+
+
+def allocate_pool(options: TransformersOptions, loaded: LoadedModel, shape: KVShape) -> EnginePool:
+    """Allocate the KV pool.
+
+    Raises:
+        ConfigError: there is not so much memory, or the pool and ``max_model_len`` do not fit.
+    """
+    layout = KVLayout(
+        engine="transformers",
+        model=fingerprint(loaded.path),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        block_size=options.block_size,
+        num_blocks=options.num_blocks or 1,
+    )
+    if options.num_blocks is None:
+        budget = options.kv_memory_bytes or DEFAULT_KV_MEMORY_BYTES
+        # More than every sequence at its longest could use would never be touched.
+        most = options.max_num_seqs * num_blocks_for(options.max_model_len or loaded.max_len, options.block_size)
+        layout = replace(layout, num_blocks=max(1, min(budget // layout.block_bytes, most)))
+    max_model_len = _max_model_len(options, loaded, layout)
+    shared: list[KVPool] = []
+    try:
+        if options.device == "cpu":
+            shared.append(KVPool.allocate(layout))
+            storage = torch.frombuffer(shared[0].buffer, dtype=loaded.dtype)
+        else:
+            num_items = layout.pool_bytes // loaded.dtype.itemsize
+            storage = torch.zeros(num_items, dtype=loaded.dtype, device=options.device)
+    except (KVTransferError, torch.OutOfMemoryError) as exc:
+        raise ConfigError(f"no KV pool of {layout.num_blocks} blocks: {exc}; lower kv_memory_bytes") from exc
+    kv = PagedKV(
+        storage,
+        num_blocks=layout.num_blocks,
+        num_layers=layout.num_layers,
+        block_size=layout.block_size,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        packing=layout.packing,
+    )
+    return EnginePool(layout, kv, shared, max_model_len)
+
+
+def _max_model_len(options: TransformersOptions, loaded: LoadedModel, layout: KVLayout) -> int:
+    capacity = layout.num_blocks * layout.block_size
+    wanted = options.max_model_len
+    if wanted is None:
+        return min(loaded.max_len, capacity)
+    if wanted > loaded.max_len:
+        raise ConfigError(f"max_model_len is {wanted}: {str(loaded.path)!r} was made for {loaded.max_len} at most")
+    if wanted > capacity:
+        raise ConfigError(
+            f"max_model_len is {wanted}: the KV pool of {layout.num_blocks} blocks holds {capacity} tokens; raise "
+            "num_blocks or kv_memory_bytes, or lower max_model_len"
+        )
+    return wanted
