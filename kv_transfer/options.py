@@ -1,0 +1,92 @@
+"""How a messenger works; what its user may choose."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from kv_transfer.errors import InvalidOptions
+
+HOST_PATTERN = re.compile(r"[A-Za-z0-9._:%-]{1,253}")
+PROTOCOL_PATTERN = re.compile(r"[a-z0-9_]{1,32}")
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOptions:
+    """Settings of one rank's messenger. Checked on construction (InvalidOptions names the option).
+
+    Attributes:
+        protocols: transports in order of preference; ``ipc`` stands for ``shm`` where the pool is in host memory.
+            A pair uses the first of the destination's that both have and that reaches from one to the other.
+        bind_host: interface to listen on.
+        advertise_host: where peers connect to; ``bind_host`` when None.
+        control_port, data_port: 0 takes free ones.
+        secret: shared by all instances of a topic. Who does not prove to know it can neither read a pool nor feed
+            one. It authenticates, it does not encrypt.
+        heartbeat_s: between signs of life while a transfer is under way.
+        silence_s: a peer that is not heard for so long is taken for gone.
+        drain_s: how long an aborted source waits for a live peer to stop reading.
+        max_inflight: transfers open at one time on this rank, each way.
+        chunk_bytes: moved at a time, so that transfers take turns and an abort takes effect soon.
+        window_chunks: chunks under way at a time from one peer.
+        tcp_streams: data connections to one peer.
+    """
+
+    protocols: tuple[str, ...] = ("ipc", "tcp")
+    bind_host: str = "127.0.0.1"
+    advertise_host: str | None = None
+    control_port: int = 0
+    data_port: int = 0
+    secret: str | None = field(default=None, repr=False)
+    heartbeat_s: float = 1.0
+    silence_s: float = 3.0
+    drain_s: float = 1.0
+    max_inflight: int = 4096
+    chunk_bytes: int = 4 << 20
+    window_chunks: int = 4
+    tcp_streams: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.protocols:
+            raise InvalidOptions("protocols", "is empty: name at least one, such as 'ipc,tcp'")
+        for name in self.protocols:
+            if not PROTOCOL_PATTERN.fullmatch(name):
+                raise InvalidOptions("protocols", f"has {name[:80]!r}: names look like ipc, shm, tcp, rdma")
+        for option in ("bind_host", "advertise_host"):
+            host = getattr(self, option)
+            if host is not None and not HOST_PATTERN.fullmatch(host):
+                raise InvalidOptions(option, f"is {host[:80]!r}: give a host name or an IP address")
+        if self.advertise_host is None and self.bind_host in ("0.0.0.0", "::"):
+            raise InvalidOptions(
+                "advertise_host", f"is needed with bind_host {self.bind_host}: where do peers connect?"
+            )
+        if self.secret == "":
+            raise InvalidOptions("secret", "is empty: give one, or leave it out")
+        limits: tuple[tuple[str, float, float], ...] = (
+            ("control_port", 0, 65535),
+            ("data_port", 0, 65535),
+            ("heartbeat_s", 0.01, 60),
+            ("silence_s", 0.03, 600),
+            ("drain_s", 0, 60),
+            ("max_inflight", 1, 1_000_000),
+            ("chunk_bytes", 4096, 1 << 30),
+            ("window_chunks", 1, 1024),
+            ("tcp_streams", 1, 64),
+        )
+        for option, low, high in limits:
+            value = getattr(self, option)
+            if not low <= value <= high:
+                raise InvalidOptions(option, f"is {value!r}: it must be from {low:g} to {high:g}")
+        if self.silence_s < 2 * self.heartbeat_s:
+            raise InvalidOptions(
+                "silence_s", f"is {self.silence_s:g}: give at least twice heartbeat_s ({self.heartbeat_s:g})"
+            )
+
+    @property
+    def public_host(self) -> str:
+        return self.advertise_host or self.bind_host
+
+
+def parse_protocols(text: str) -> tuple[str, ...]:
+    """What ``--cache-transfer-protocol`` means: ``"ipc, tcp"`` → ``("ipc", "tcp")``; a repeated name counts once."""
+    return tuple(dict.fromkeys(name.strip().lower() for name in text.split(",") if name.strip()))

@@ -1,0 +1,50 @@
+"""Transports by name: what is installed, and what a name of the options stands for."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import cast
+
+from kv_transfer.errors import UnknownTransport
+from kv_transfer.transports.base import Transport
+
+GROUP = "kv_transfer.transports"
+# What a user's word stands for, where it is not a transport itself.
+ALIASES = {"ipc": "shm"}
+_REMEDIES = {
+    "rdma": "RDMA needs a transport that is registered under kv_transfer.transports; use tcp between hosts without it",
+}
+
+
+def installed_transports() -> list[str]:
+    """Names of all that are registered; none is imported."""
+    return sorted({entry.name for entry in metadata.entry_points(group=GROUP)})
+
+
+def load_transport(name: str) -> type[Transport]:
+    """The class behind a name of ``TransferOptions.protocols``.
+
+    Raises:
+        UnknownTransport: nothing is registered under it, or what is cannot be imported here.
+    """
+    target = ALIASES.get(name, name)
+    for entry in metadata.entry_points(group=GROUP):
+        if entry.name != target:
+            continue
+        try:
+            found = entry.load()
+        except ImportError as exc:
+            raise UnknownTransport(
+                name, installed_transports(), f"It is registered but cannot be imported: {exc}"
+            ) from exc
+        return cast("type[Transport]", found)
+    raise UnknownTransport(name, installed_transports(), _REMEDIES.get(name, ""))
+
+
+def load_transports(protocols: tuple[str, ...]) -> list[type[Transport]]:
+    """The classes behind several names, in their order, each once.
+
+    Raises:
+        UnknownTransport: one of them is not to be had.
+    """
+    return list(dict.fromkeys(load_transport(name) for name in protocols))

@@ -1,0 +1,187 @@
+"""Shared memory on one host: the destination maps the source's pool, read-only, and copies blocks into its own.
+
+The smallest transport: the source does nothing at all. It cannot tell who reads its pool or take the mapping back,
+and need not: what was read after a lease ended is thrown away by whoever read it, because its source does not confirm
+it (see ``kv_transfer.sending``).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from kv_transfer.endpoint import Offer, RankEndpoint
+from kv_transfer.errors import TransportFailed
+from kv_transfer.identity import host_id
+from kv_transfer.leases import LeaseTable
+from kv_transfer.memory import TRAILER, TRAILER_MAGIC, ByteArray, KVPool, trailer_offset
+from kv_transfer.options import TransferOptions
+from kv_transfer.plan import IntArray, PairPlan, merge_runs
+from kv_transfer.transports.base import Cancelled, Fetched, Link, LinkDown, LinkUp, Post, Transport
+
+_CLOSE_TIMEOUT_S = 5.0
+
+
+class ShmTransport(Transport):
+    name = "shm"
+
+    def __init__(self, pool: KVPool, options: TransferOptions, leases: LeaseTable, post: Post) -> None:
+        super().__init__(pool, options, leases, post)
+        self._copier: _Copier | None = None
+        self._links: list[_ShmLink] = []
+
+    def offer(self) -> Offer:
+        return {"fd": self.pool.fd, "nonce": self.pool.nonce.hex()}
+
+    def obstacle(self, peer: RankEndpoint) -> str | None:
+        if peer.process.host != host_id():
+            return "it is on another host, or in another PID namespace"
+        if not peer.process.is_visible:
+            return "its process is gone"
+        return None
+
+    def open_link(self, peer: RankEndpoint, data_token: bytes, plan: PairPlan) -> Link:
+        if self._copier is None:
+            self._copier = _Copier()
+        link = _ShmLink(self._copier, self.post, self.pool.as_array(), peer, plan)
+        self._links = [x for x in self._links if not x.is_down] + [link]
+        return link
+
+    def close(self) -> None:
+        for link in self._links:
+            link.close()
+        self._links.clear()
+        if self._copier is not None:
+            self._copier.close()
+            self._copier = None
+
+
+class _Copier:
+    """One thread that does what it is given, in order; one core's memory bandwidth is what a rank gets."""
+
+    def __init__(self) -> None:
+        self._work: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="kv-shm", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        with self._changed:
+            self._work.append(work)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Do what was submitted, then end."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(_CLOSE_TIMEOUT_S)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._work:
+                    if self._closing:
+                        return
+                    self._changed.wait()
+                work = self._work.popleft()
+            work()
+
+
+class _ShmLink(Link):
+    """All but the constructor and the three methods of Link run in the copier's thread."""
+
+    def __init__(self, copier: _Copier, post: Post, pool: ByteArray, peer: RankEndpoint, plan: PairPlan) -> None:
+        self._copier = copier
+        self._post = post
+        self._peer = peer
+        self._plan = plan
+        self._dst = plan.dst_rows(pool)
+        self._src: ByteArray | None = None
+        self._cancelled: set[bytes] = set()
+        self._closed = False
+        self.is_down = False
+        copier.submit(self._map)
+
+    def fetch(self, chunk_id: int, token: bytes, src_ids: IntArray, dst_ids: IntArray) -> None:
+        self._copier.submit(lambda: self._copy(chunk_id, token, src_ids, dst_ids))
+
+    def cancel(self, token: bytes) -> None:
+        # Seen at once by the chunks that are queued; the event queues behind the one that is being copied.
+        self._cancelled.add(token)
+        self._copier.submit(lambda: self._confirm_cancel(token))
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._copier.submit(lambda: self._unmap("closed"))
+
+    def _map(self) -> None:
+        try:
+            mapping = _map_pool(self._peer)
+        except TransportFailed as exc:
+            self._unmap(str(exc))
+            return
+        layout = self._peer.layout
+        blocks = np.frombuffer(mapping, np.uint8, layout.pool_bytes).reshape(layout.num_blocks, layout.block_bytes)
+        self._src = self._plan.src_rows(blocks)
+        self._post(LinkUp(self))
+
+    def _copy(self, chunk_id: int, token: bytes, src_ids: IntArray, dst_ids: IntArray) -> None:
+        if token in self._cancelled or self._src is None or self._closed:
+            return
+        src, dst = self._src, self._dst
+        for src_id, dst_id, count in merge_runs(src_ids, dst_ids):
+            dst[dst_id : dst_id + count] = src[src_id : src_id + count]
+        self._post(Fetched(self, chunk_id))
+
+    def _confirm_cancel(self, token: bytes) -> None:
+        self._cancelled.discard(token)
+        self._post(Cancelled(self, token))
+
+    def _unmap(self, reason: str) -> None:
+        # The array is the mapping's only user: with it the mapping goes.
+        self._src = None
+        if not self.is_down:
+            self.is_down = True
+            self._post(LinkDown(self, reason))
+
+
+def _map_pool(peer: RankEndpoint) -> mmap.mmap:
+    """The pool of a process on this host, read-only.
+
+    A pid and a descriptor number prove nothing: the process may have ended and another have taken its pid. So the file
+    must be sealed against shrinking (reading it can then never fault), and carry the pool's nonce.
+
+    Raises:
+        TransportFailed: there is no such pool, or this process may not look at it.
+    """
+    offer, size = peer.transports["shm"], peer.layout.pool_bytes
+    fd_number, nonce = offer.get("fd"), offer.get("nonce")
+    if not isinstance(fd_number, int) or not isinstance(nonce, str):
+        raise TransportFailed("its offer names no descriptor and nonce")
+    try:
+        fd = os.open(f"/proc/{peer.process.pid}/fd/{fd_number}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise TransportFailed(
+            f"cannot open the pool of process {peer.process.pid}: {exc.strerror}; both must run as the same user"
+        ) from exc
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        trailer = os.pread(fd, TRAILER.size, trailer_offset(size))
+        if not seals & fcntl.F_SEAL_SHRINK or len(trailer) != TRAILER.size:
+            raise TransportFailed(f"process {peer.process.pid} has another file where its pool should be")
+        if TRAILER.unpack(trailer) != (TRAILER_MAGIC, bytes.fromhex(nonce), size):
+            raise TransportFailed(f"process {peer.process.pid} has another pool than the one announced")
+        return mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    except (OSError, ValueError) as exc:
+        raise TransportFailed(f"cannot map the pool of process {peer.process.pid}: {exc}") from exc
+    finally:
+        os.close(fd)

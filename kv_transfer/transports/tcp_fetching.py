@@ -1,0 +1,221 @@
+"""The destination's end of a data connection: asks for blocks, and receives them right into the pool."""
+
+from __future__ import annotations
+
+import errno
+import os
+import selectors
+import socket
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from kv_transfer.memory import KVPool
+from kv_transfer.plan import IntArray, PairPlan, merge_runs
+from kv_transfer.transports.tcp_loop import Channel, ConnectionLost
+from kv_transfer.transports.tcp_wire import MAGIC, PREFACE, REQUEST, RESPONSE, STATUS_OK, STATUS_REFUSED
+
+# Buffers in one recvmsg_into; the kernel's limit is 1024.
+MAX_IOVECS = 512
+TURN_BYTES = 8 << 20
+_SCRATCH_BYTES = 1 << 20
+
+
+class _Request:
+    """One chunk that was asked for, and where its bytes go."""
+
+    def __init__(self, chunk_id: int, token: bytes, pool: KVPool, plan: PairPlan, dst_ids: IntArray) -> None:
+        self.chunk_id, self.token = chunk_id, token
+        self.num_bytes = self.left = plan.bytes_per_block * len(dst_ids)
+        self.discarded = False
+        self._pool, self._plan, self._dst_ids = pool, plan, dst_ids
+        self._gathered: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | None = None
+        self._views: list[memoryview] | None = None
+        self._next = 0
+
+    def discard(self) -> None:
+        """Write no more into the pool; the rest of the bytes is read and dropped."""
+        self.discarded = True
+        self._views = self._gathered = None
+
+    def receive(self, sock: socket.socket, scratch: memoryview) -> int:
+        """Take some bytes off the socket. Raises BlockingIOError when there are none."""
+        if self.discarded:
+            received = sock.recv_into(scratch[: min(self.left, len(scratch))])
+        else:
+            if self._views is None:
+                self._views = self._targets()
+            received = self._receive_into(sock, self._views)
+        if not received:
+            raise ConnectionLost("closed by the peer")
+        self.left -= received
+        return received
+
+    def finish(self) -> None:
+        """All bytes are here: put them where they belong, if they are not."""
+        if self._gathered is not None:
+            self._plan.dst_rows(self._pool.as_array())[self._dst_ids] = self._gathered
+        self._views = self._gathered = None
+
+    def _targets(self) -> list[memoryview]:
+        plan = self._plan
+        if not plan.is_whole_block:
+            self._gathered = np.empty((len(self._dst_ids), plan.num_rows, plan.width), np.uint8)
+            return [memoryview(self._gathered).cast("B")]
+        blocks, size = self._pool.buffer, plan.dst_row_bytes
+        merged = merge_runs(np.arange(len(self._dst_ids), dtype=np.int64), self._dst_ids)
+        return [blocks[first * size : (first + count) * size] for _, first, count in merged]
+
+    def _receive_into(self, sock: socket.socket, views: list[memoryview]) -> int:
+        # One long buffer is the common case, and recv_into is the cheaper call.
+        window = views[self._next : self._next + MAX_IOVECS]
+        received = sock.recv_into(window[0]) if len(window) == 1 else sock.recvmsg_into(window)[0]
+        left = received
+        while left:
+            view = views[self._next]
+            if len(view) > left:
+                views[self._next] = view[left:]
+                break
+            left -= len(view)
+            self._next += 1
+        return received
+
+
+class FetchingChannel(Channel):
+    """One data connection to a source; requests are answered in order."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        pool: KVPool,
+        plan: PairPlan,
+        data_token: bytes,
+        *,
+        on_up: Callable[[], None],
+        on_fetched: Callable[[int], None],
+        on_refused: Callable[[bytes], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        """``sock`` is connecting. The callbacks run in the loop's thread; ``on_fetched`` gets the chunk's id."""
+        super().__init__(sock)
+        self._pool, self._plan = pool, plan
+        self._on_up, self._on_fetched, self._on_refused, self._on_lost = on_up, on_fetched, on_refused, on_lost
+        self._connected = False
+        self._out = bytearray(PREFACE.pack(MAGIC, data_token))
+        self._header = bytearray()
+        self._in_body = False
+        self._requests: deque[_Request] = deque()
+        self._number = 0
+        self._answered = 0
+        self._scratch: memoryview | None = None
+
+    @property
+    def num_outstanding_bytes(self) -> int:
+        return sum(request.left for request in self._requests)
+
+    def request(self, chunk_id: int, token: bytes, src_ids: IntArray, dst_ids: IntArray) -> None:
+        self._requests.append(_Request(chunk_id, token, self._pool, self._plan, dst_ids))
+        self._out += REQUEST.pack(token, self._number & 0xFFFFFFFF, len(src_ids))
+        self._out += src_ids.astype("<u4").tobytes()
+        self._number += 1
+
+    def cancel(self, token: bytes) -> None:
+        for request in self._requests:
+            if request.token == token:
+                request.discard()
+
+    def interest(self) -> int:
+        if not self._connected:
+            return selectors.EVENT_WRITE
+        return selectors.EVENT_READ | (selectors.EVENT_WRITE if self._out else 0)
+
+    def ready(self, mask: int) -> None:
+        if not self._connected:
+            error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                raise ConnectionLost(f"cannot connect: {os.strerror(error)}")
+            self._connected = True
+            self._on_up()
+        if self._out:
+            self._write()
+        if mask & selectors.EVENT_READ:
+            self._read()
+
+    def lost(self, reason: str) -> None:
+        self._requests.clear()
+        self._on_lost(reason)
+
+    def _write(self) -> None:
+        try:
+            sent = self.sock.send(self._out)
+        except BlockingIOError:
+            return
+        del self._out[:sent]
+
+    def _read(self) -> None:
+        budget = TURN_BYTES
+        try:
+            while budget > 0:
+                if not self._in_body:
+                    self._read_header()
+                    budget -= RESPONSE.size
+                if self._in_body:
+                    budget -= self._read_body()
+        except BlockingIOError:
+            return
+
+    def _read_header(self) -> None:
+        data = self.sock.recv(RESPONSE.size - len(self._header))
+        if not data:
+            raise ConnectionLost("closed by the peer")
+        self._header += data
+        if len(self._header) < RESPONSE.size:
+            return
+        number, status, size = RESPONSE.unpack(self._header)
+        self._header.clear()
+        if not self._requests or number != self._answered & 0xFFFFFFFF:
+            raise ConnectionLost("the peer answers what was not asked")
+        self._answered += 1
+        request = self._requests[0]
+        if status == STATUS_REFUSED and size == 0:
+            self._requests.popleft()
+            if not request.discarded:
+                self._on_refused(request.token)
+        elif status == STATUS_OK and size == request.num_bytes:
+            self._in_body = True
+        else:
+            raise ConnectionLost(f"the peer answers with status {status} and {size} bytes")
+
+    def _read_body(self) -> int:
+        request = self._requests[0]
+        if request.discarded and self._scratch is None:
+            self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        received = request.receive(self.sock, self._scratch or memoryview(b""))
+        if not request.left:
+            self._requests.popleft()
+            self._in_body = False
+            if not request.discarded:
+                request.finish()
+                self._on_fetched(request.chunk_id)
+        return received
+
+
+def start_connecting(host: str, port: int) -> socket.socket:
+    """A socket that is on its way to ``host``; it turns writable when it is there, or has failed.
+
+    Raises:
+        OSError: it cannot even begin.
+    """
+    info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    sock = socket.socket(info[0], info[1], info[2])
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        error = sock.connect_ex(info[4])
+        if error not in (0, errno.EINPROGRESS):
+            raise OSError(error, os.strerror(error))
+    except OSError:
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,255 @@
+"""The source's end of data connections: checks each request against the leases, and streams the blocks."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from kv_transfer.leases import LeaseTable
+from kv_transfer.memory import KVPool
+from kv_transfer.plan import IntArray, PairPlan, merge_runs
+from kv_transfer.transports.tcp_loop import Channel, ConnectionLost, TcpLoop
+from kv_transfer.transports.tcp_wire import (
+    MAGIC,
+    MAX_IDS_PER_REQUEST,
+    MAX_QUEUED_REQUESTS,
+    MAX_RESPONSE_BYTES,
+    MAX_STRANGERS,
+    PREFACE,
+    PREFACE_TIMEOUT_S,
+    REQUEST,
+    RESPONSE,
+    STATUS_OK,
+    STATUS_REFUSED,
+)
+
+# From this run length on, sendfile (which copies nothing here) beats sendmsg.
+SENDFILE_BYTES = 16 << 10
+# Buffers in one sendmsg; the kernel's limit is 1024.
+MAX_IOVECS = 512
+# Bytes that a connection may move before others get their turn.
+TURN_BYTES = 8 << 20
+_ZEROS = memoryview(bytes(1 << 20))
+
+
+class Listener(Channel):
+    """Takes in data connections. ``on_stranger`` is called for each one that turns out to be unwelcome."""
+
+    def __init__(
+        self, sock: socket.socket, loop: TcpLoop, pool: KVPool, leases: LeaseTable, on_stranger: Callable[[], None]
+    ) -> None:
+        super().__init__(sock)
+        self.served: set[ServingChannel] = set()
+        self._loop, self._pool, self._leases, self._on_stranger = loop, pool, leases, on_stranger
+
+    def interest(self) -> int:
+        return selectors.EVENT_READ
+
+    def ready(self, mask: int) -> None:
+        try:
+            sock, _ = self.sock.accept()
+        except OSError:
+            # The peer has hung up again, or this process is out of descriptors: the next one may fare better.
+            return
+        if sum(channel.session is None for channel in self.served) >= MAX_STRANGERS:
+            sock.close()
+            self._on_stranger()
+            return
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        channel = ServingChannel(sock, self)
+        self.served.add(channel)
+        self._loop.add(channel)
+
+    def lost(self, reason: str) -> None:
+        pass
+
+    def revoke(self, token: bytes) -> None:
+        """Read no more blocks for a transfer."""
+        for channel in self.served:
+            channel.revoke(token)
+
+    def hang_up(self, session: bytes) -> None:
+        """Close what was opened with a data token."""
+        for channel in [c for c in self.served if c.session == session]:
+            self._loop.drop(channel, "hung up")
+
+    def find(self, token: bytes, session: bytes, ids: IntArray) -> PairPlan | None:
+        return self._leases.find(token, session, ids)
+
+    def knows(self, session: bytes) -> bool:
+        return self._leases.knows(session)
+
+    def forget(self, channel: ServingChannel) -> None:
+        self.served.discard(channel)
+        if channel.session is None:
+            self._on_stranger()
+
+    @property
+    def pool(self) -> KVPool:
+        return self._pool
+
+
+class _Response:
+    """One answer being sent: a header, then runs of the pool's file, or bytes gathered out of it."""
+
+    def __init__(self, pool: KVPool, number: int, token: bytes, plan: PairPlan | None, ids: IntArray) -> None:
+        self.token = token
+        self._pool, self._plan, self._ids = pool, plan, ids
+        size = 0 if plan is None else plan.bytes_per_block * len(ids)
+        status = STATUS_REFUSED if plan is None else STATUS_OK
+        self._header = memoryview(RESPONSE.pack(number, status, size))
+        self._left = size
+        self._runs: deque[tuple[int, int]] | None = None
+        self._gathered: memoryview | None = None
+        self._revoked = False
+
+    def revoke(self) -> None:
+        """Send zeros for what is left: the stream stays in step, and who asked will not use it."""
+        self._revoked = True
+        self._runs = self._gathered = None
+
+    def send(self, sock: socket.socket) -> int:
+        """Send some; the number of bytes, or 0 when all is sent. Raises BlockingIOError when the socket is full."""
+        if self._header:
+            sent = sock.send(self._header, socket.MSG_MORE if self._left else 0)
+            self._header = self._header[sent:]
+            return sent
+        if not self._left:
+            return 0
+        sent = self._send_body(sock)
+        self._left -= sent
+        return sent
+
+    def _send_body(self, sock: socket.socket) -> int:
+        if self._revoked or self._plan is None:
+            return sock.send(_ZEROS[: self._left])
+        if not self._plan.is_whole_block:
+            if self._gathered is None:
+                self._gathered = memoryview(self._plan.src_rows(self._pool.as_array())[self._ids]).cast("B")
+            sent = sock.send(self._gathered)
+            self._gathered = self._gathered[sent:]
+            return sent
+        if self._runs is None:
+            size = self._plan.src_row_bytes
+            merged = merge_runs(self._ids, np.arange(len(self._ids), dtype=np.int64))
+            self._runs = deque((first * size, count * size) for first, _, count in merged)
+        return self._send_runs(sock, self._runs)
+
+    def _send_runs(self, sock: socket.socket, runs: deque[tuple[int, int]]) -> int:
+        offset, length = runs[0]
+        if length >= SENDFILE_BYTES:
+            sent = os.sendfile(sock.fileno(), self._pool.fd, offset, length)
+            if not sent:
+                raise ConnectionLost("the pool's file ended early")
+        else:
+            blocks = self._pool.buffer
+            views = []
+            for start, size in runs:
+                if size >= SENDFILE_BYTES or len(views) == MAX_IOVECS:
+                    break
+                views.append(blocks[start : start + size])
+            sent = sock.sendmsg(views)
+        left = sent
+        while left:
+            offset, length = runs.popleft()
+            if length > left:
+                runs.appendleft((offset + left, length - left))
+                break
+            left -= length
+        return sent
+
+
+class ServingChannel(Channel):
+    """One data connection from a destination.
+
+    Attributes:
+        session: the data token that it presented; None while it is a stranger.
+    """
+
+    def __init__(self, sock: socket.socket, listener: Listener) -> None:
+        super().__init__(sock)
+        self.session: bytes | None = None
+        self._listener = listener
+        self._received = bytearray()
+        self._responses: deque[_Response] = deque()
+        self._preface_until = time.monotonic() + PREFACE_TIMEOUT_S
+
+    def interest(self) -> int:
+        mask = selectors.EVENT_WRITE if self._responses else 0
+        return mask | (selectors.EVENT_READ if len(self._responses) < MAX_QUEUED_REQUESTS else 0)
+
+    def ready(self, mask: int) -> None:
+        if mask & selectors.EVENT_READ:
+            self._read()
+        self._write()
+
+    def lost(self, reason: str) -> None:
+        self._responses.clear()
+        self._listener.forget(self)
+
+    def tick(self, now: float) -> None:
+        if self.session is None and now > self._preface_until:
+            raise ConnectionLost("no preface in time")
+
+    def revoke(self, token: bytes) -> None:
+        for response in self._responses:
+            if response.token == token:
+                response.revoke()
+
+    def _read(self) -> None:
+        try:
+            data = self.sock.recv(1 << 16)
+        except BlockingIOError:
+            return
+        if not data:
+            raise ConnectionLost("closed by the peer")
+        self._received += data
+        if self.session is None:
+            self._read_preface()
+        while self.session is not None and self._read_request(self.session):
+            pass
+
+    def _read_preface(self) -> None:
+        if not MAGIC.startswith(self._received[: len(MAGIC)]):
+            raise ConnectionLost("not a data connection")
+        if len(self._received) < PREFACE.size:
+            return
+        _, session = PREFACE.unpack_from(self._received)
+        if not self._listener.knows(session):
+            raise ConnectionLost("a data token that was not given out")
+        del self._received[: PREFACE.size]
+        self.session = session
+
+    def _read_request(self, session: bytes) -> bool:
+        if len(self._received) < REQUEST.size:
+            return False
+        token, number, num_ids = REQUEST.unpack_from(self._received)
+        if not 1 <= num_ids <= MAX_IDS_PER_REQUEST:
+            raise ConnectionLost(f"a request for {num_ids} blocks")
+        end = REQUEST.size + 4 * num_ids
+        if len(self._received) < end:
+            return False
+        ids = np.frombuffer(bytes(self._received[REQUEST.size : end]), "<u4").astype(np.int64)
+        del self._received[:end]
+        plan = self._listener.find(token, session, ids)
+        if plan is not None and plan.bytes_per_block * num_ids > MAX_RESPONSE_BYTES:
+            raise ConnectionLost("a request for too many bytes")
+        self._responses.append(_Response(self._listener.pool, number, token, plan, ids))
+        return True
+
+    def _write(self) -> None:
+        budget = TURN_BYTES
+        try:
+            while self._responses and budget > 0:
+                sent = self._responses[0].send(self.sock)
+                if not sent:
+                    self._responses.popleft()
+                budget -= sent
+        except BlockingIOError:
+            return
