@@ -1,0 +1,65 @@
+# Each target does all that it needs, from a fresh clone on: a virtual environment, torch, the package, its extras.
+#
+#   make demo    serve real prompts, disaggregated, and compare every token (DEMO_ARGS="--transport tcp ...")
+#   make test    all tests (PYTEST_ARGS="-k name -x ...")
+#   make check   lint, types, layers and tests
+#   make bench   every benchmark, in its quick form
+#   make wheel   the distributions, in dist/
+#
+# TORCH may name another build, with pip's options: make demo TORCH="torch --index-url <your index>"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip --disable-pip-version-check --quiet
+benchmarks := $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py))
+
+.PHONY: demo test lint check bench wheel build clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo-installed
+	$(bin)/splitwise-sched demo $(DEMO_ARGS)
+
+test: $(VENV)/.dev-installed
+	$(bin)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev-installed
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+
+check: lint test
+
+bench: $(VENV)/.dev-installed
+	set -e; for script in $(benchmarks); do echo "== $$script"; $(bin)/python $$script --quick; done
+
+wheel build: $(VENV)/.dev-installed
+	$(bin)/python -m build --outdir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.created:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch comes first and by itself, and is then held: "torch" in an extra must not bring another, far larger build.
+$(VENV)/torch-constraint.txt: $(VENV)/.created
+	@echo "installing $(TORCH)"
+	$(pip) install $(TORCH)
+	$(pip) freeze | grep '^torch==' > $@
+
+$(VENV)/.demo-installed: $(VENV)/torch-constraint.txt setup.cfg pyproject.toml
+	@echo "installing splitwise-sched[demo]"
+	$(pip) install --constraint $< --editable '.[demo]'
+	touch $@
+
+$(VENV)/.dev-installed: $(VENV)/torch-constraint.txt setup.cfg pyproject.toml
+	@echo "installing splitwise-sched[dev]"
+	$(pip) install --constraint $< --editable '.[dev]'
+	touch $@ $(VENV)/.demo-installed
