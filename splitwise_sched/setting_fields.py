@@ -9,7 +9,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
@@ -90,7 +89,8 @@ def _describe(name: str, info: FieldInfo) -> SettingField:
     return SettingField(
         name=name,
         flag=f"--{name.replace('_', '-')}",
-        variable=f"{ENV_PREFIX}{name.upper()}",
+        # The prefix is not said twice: splitwise_role is SPLITWISE_ROLE.
+        variable=f"{ENV_PREFIX}{name.upper().removeprefix(ENV_PREFIX)}",
         kind=kind,
         choices=choices,
         metavar=type_name,
@@ -122,22 +122,19 @@ def _choices(kind: Any) -> tuple[str, ...]:
 
 
 def _bounds(info: FieldInfo) -> str:
-    """The field's limits, such as " between 1 and 65535"; empty without any."""
-    low = high = None
-    exclusive = ""
-    for limit in info.metadata:
-        if isinstance(limit, Ge):
-            low = limit.ge
-        elif isinstance(limit, Le):
-            high = limit.le
-        elif isinstance(limit, Gt):
-            exclusive += f" above {limit.gt}"
-        elif isinstance(limit, Lt):
-            exclusive += f" below {limit.lt}"
-    if low is not None and high is not None:
-        return f" between {low} and {high}"
-    inclusive = f" of {low} or more" if low is not None else f" of {high} or less" if high is not None else ""
-    return exclusive + ("," if exclusive and inclusive else "") + inclusive
+    """The field's limits, such as " between 1 and 65535" or " above 0 and at most 5"; empty without any."""
+    limits = {
+        name: getattr(limit, name)
+        for limit in info.metadata
+        for name in ("gt", "ge", "lt", "le")
+        if getattr(limit, name, None) is not None
+    }
+    if limits.keys() == {"ge", "le"}:
+        return f" between {limits['ge']} and {limits['le']}"
+    words = {"gt": "above", "ge": "of at least", "lt": "below", "le": "at most" if len(limits) > 1 else "of at most"}
+    return "".join(
+        f"{' and' if number else ''} {words[name]} {limit}" for number, (name, limit) in enumerate(limits.items())
+    )
 
 
 def _default_text(info: FieldInfo) -> str | None:

@@ -39,6 +39,8 @@ class SettingOption(click.Option):
 class SettingsCommand(click.Command):
     """A verb whose help lists its flags by the settings class that they belong to."""
 
+    settings_classes: tuple[type[BaseModel], ...] = ()
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
@@ -87,7 +89,9 @@ def settings_command(
             "be given several times; later files win, the environment wins over files, and flags over all.",
         )
         attributes.setdefault("help", function.__doc__)
-        return SettingsCommand(name, callback=callback, params=[*own, *options, config], **attributes)
+        command = SettingsCommand(name, callback=callback, params=[*own, *options, config], **attributes)
+        command.settings_classes = classes
+        return command
 
     return decorate
 

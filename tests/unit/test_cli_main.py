@@ -111,7 +111,7 @@ def test_the_list_of_verbs_loads_what_it_can_and_says_what_the_others_need(capsy
         (["tyo"], "'tyo' is not a command: did you mean 'toy'?"),
         (["something-else"], "'something-else' is not a command: there are broken, serve, toy, wrong"),
         (["toy", "--num-thing", "1"], "--num-things"),
-        (["toy", "--num-things", "0"], "--num-things is '0': it must be a whole number of 1 or more"),
+        (["toy", "--num-things", "0"], "--num-things is '0': it must be a whole number of at least 1"),
         (["toy", "--num-things"], "requires an argument"),
         (["toy", "extra"], "unexpected extra argument"),
         (["toy", "--raise", "config"], "error: this cannot work: do that\n"),

@@ -35,6 +35,7 @@ class Sample(BaseModel, frozen=True, extra="forbid"):
     protocols: tuple[str, ...] = ("ipc", "tcp")
     ports: list[int] = []
     password: SecretStr | None = None
+    share: float = Field(1.0, gt=0, le=1)
     name: str = Field("x", max_length=3)
 
     @field_validator("name")
@@ -121,6 +122,7 @@ def test_several_classes_take_their_own_fields_from_one_set_of_values() -> None:
         ({"num_blocks": "1.5"}, "--num-blocks is '1.5': it must be a whole number between 1 and 1000"),
         ({"ratio": "0"}, "--ratio is '0': it must be a number above 0"),
         ({"ratio": "half"}, "--ratio is 'half': it must be a number above 0"),
+        ({"share": "2"}, "--share is '2': it must be a number above 0 and at most 1"),
         ({"role": "both"}, "--role is 'both': it must be one of prefill, decode"),
         ({"engine": "sglang"}, "--engine is 'sglang': it must be one of transformers, vllm"),
         ({"level": "3"}, "--level is '3': it must be one of 1, 2"),
@@ -211,3 +213,11 @@ def test_help_words_follow_from_the_class() -> None:
     assert fields["role"].default == "prefill" and fields["protocols"].default == "ipc,tcp"
     assert fields["password"].is_secret and fields["password"].default is None
     assert fields["model"].is_required and fields["host"].is_optional and fields["fast"].is_bool
+
+
+def test_a_field_that_begins_with_the_prefix_has_it_once_in_its_variable() -> None:
+    class Instance(BaseModel):
+        splitwise_role: Role = Role.PREFILL
+
+    (field,) = setting_fields(Instance)
+    assert (field.flag, field.variable) == ("--splitwise-role", "SPLITWISE_ROLE")
