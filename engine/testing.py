@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import transformers
 
+from engine.transformers.loading import no_progress_bar
+
 VOCAB_SIZE = 1024
 MAX_LEN = 2048
 SLIDING_WINDOW = 24
@@ -124,7 +126,8 @@ def make_tiny_model(
         model = auto.from_config(config, dtype=torch.float32)
         _randomize_constants(model, initializer_range)
     model.generation_config.eos_token_id = EOS_ID
-    model.save_pretrained(folder)
+    with no_progress_bar():
+        model.save_pretrained(folder)
     return folder
 
 

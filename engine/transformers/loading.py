@@ -151,7 +151,7 @@ def _load_weights(path: Path, options: TransformersOptions) -> Any:
     dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
     auto: Any = transformers.AutoModelForCausalLM
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             model, report = auto.from_pretrained(
                 path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
@@ -169,7 +169,8 @@ def _load_weights(path: Path, options: TransformersOptions) -> Any:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing on the terminal."""
     logging: Any = transformers.utils.logging
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -16,6 +16,8 @@ from splitwise_sched.types import SamplingParams, TokenLogprob
 
 # Nucleus cut-offs are looked for among so many of the most likely tokens first, to spare a sort of the vocabulary.
 _NUCLEUS_PROBE = 256
+# Far below any that matters, and still above 0 in float32.
+_LEAST_TEMPERATURE = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Sampled | None]:
 def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     """Temperature, then top-k, then top-p of what is left, then the inverse of the cumulative distribution."""
     device = logits.device
-    temperature = torch.tensor([d.sampling.temperature for d in draws], device=device)
+    temperature = torch.tensor([max(d.sampling.temperature, _LEAST_TEMPERATURE) for d in draws], device=device)
     # Relative to the best, so that a tiny temperature gives -inf for the others and never an overflow.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.unsqueeze(1)
     _keep_top_k(logits, [d.sampling.top_k for d in draws])
