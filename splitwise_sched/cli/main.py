@@ -16,7 +16,7 @@ from types import FrameType
 
 import click
 
-from splitwise_sched.cli.verbs import DISTRIBUTION, Verbs, explain_missing_module
+from splitwise_sched.cli.verbs import DISTRIBUTION, Verbs
 from splitwise_sched.errors import ConfigError, InvalidRequest, SplitwiseError
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -53,7 +53,7 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def _exit_code(exc: Exception) -> int:
-    if isinstance(exc, ConfigError | InvalidRequest | ModuleNotFoundError):
+    if isinstance(exc, ConfigError | InvalidRequest):
         return EXIT_USAGE
     code = getattr(type(exc), "exit_code", None)
     return code if isinstance(code, int) else EXIT_FAILURE
@@ -67,8 +67,6 @@ def _paragraph(exc: Exception) -> str:
         return exc.format_message()
     if isinstance(exc, SplitwiseError) or isinstance(getattr(type(exc), "exit_code", None), int):
         return str(exc)
-    if isinstance(exc, ModuleNotFoundError) and exc.name:
-        return explain_missing_module(exc.name)
     where = traceback.extract_tb(exc.__traceback__)[-1]
     return (
         f"{type(exc).__name__}: {exc} (at {where.filename}:{where.lineno}). This is not an error that was foreseen; "

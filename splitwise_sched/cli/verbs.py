@@ -42,6 +42,15 @@ class Verbs(click.Group):
             raise click.UsageError(f"{name!r} is not a command: {hint}", ctx)
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as exc:
+            # Verbs import what is heavy only when they run.
+            if exc.name is None:
+                raise
+            raise ConfigError(explain_missing_module(exc.name, ctx.invoked_subcommand)) from exc
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = []
         for name in self.list_commands(ctx):

@@ -39,7 +39,8 @@ def toy(settings: ToySettings, failure: str) -> int:
         "other": OtherError("the other side left: start it again"),
         "interrupt": KeyboardInterrupt(),
         "bug": ZeroDivisionError("division by zero"),
-        "module": ModuleNotFoundError("No module named 'torch'", name="torch"),
+        "torch": ModuleNotFoundError("No module named 'torch'", name="torch"),
+        "uvicorn": ModuleNotFoundError("No module named 'uvicorn'", name="uvicorn"),
     }
     if failure:
         raise failures[failure]
@@ -56,6 +57,7 @@ def toy_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
     here = __name__
     entries = [
         EntryPoint("toy", f"{here}:toy", verbs.GROUP),
+        EntryPoint("gateway", f"{here}:toy", verbs.GROUP),
         EntryPoint("broken", f"{here}:missing_name", verbs.GROUP),
         EntryPoint("wrong", f"{here}:not_a_command", verbs.GROUP),
         EntryPoint("serve", "prometheus_client_is_not_here:x", verbs.GROUP),
@@ -109,13 +111,14 @@ def test_the_list_of_verbs_loads_what_it_can_and_says_what_the_others_need(capsy
     ("args", "message"),
     [
         (["tyo"], "'tyo' is not a command: did you mean 'toy'?"),
-        (["something-else"], "'something-else' is not a command: there are broken, serve, toy, wrong"),
+        (["something-else"], "'something-else' is not a command: there are broken, gateway, serve, toy, wrong"),
         (["toy", "--num-thing", "1"], "--num-things"),
         (["toy", "--num-things", "0"], "--num-things is '0': it must be a whole number of at least 1"),
         (["toy", "--num-things"], "requires an argument"),
         (["toy", "extra"], "unexpected extra argument"),
         (["toy", "--raise", "config"], "error: this cannot work: do that\n"),
-        (["toy", "--raise", "module"], "pip install 'splitwise-sched[engine]'"),
+        (["toy", "--raise", "torch"], "pip install 'splitwise-sched[engine]'"),
+        (["gateway", "--raise", "uvicorn"], "pip install 'splitwise-sched[gateway]'"),
         (["broken"], "cannot be loaded"),
         (["wrong"], "is not a click command but <object"),
         (["serve"], "is not installed: pip install prometheus-client-is-not-here"),
