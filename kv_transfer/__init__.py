@@ -1,1 +1,45 @@
 """Moves KV-cache blocks between the pools of two engine ranks. Knows nothing of Redis or of any engine."""
+
+from kv_transfer.endpoint import RankEndpoint
+from kv_transfer.errors import (
+    InvalidEndpoint,
+    InvalidLayout,
+    InvalidOptions,
+    InvalidTransfer,
+    KVTransferError,
+    LayoutMismatch,
+    MessengerClosed,
+    PoolUnavailable,
+    TransportFailed,
+    UnknownTransport,
+)
+from kv_transfer.events import Received, Sent, TransferEvent, TransferFailed, TransferStats
+from kv_transfer.layout import KVLayout, check_compatible
+from kv_transfer.memory import KVPool
+from kv_transfer.messenger import Messenger
+from kv_transfer.options import TransferOptions, parse_protocols
+
+__all__ = [
+    "InvalidEndpoint",
+    "InvalidLayout",
+    "InvalidOptions",
+    "InvalidTransfer",
+    "KVLayout",
+    "KVPool",
+    "KVTransferError",
+    "LayoutMismatch",
+    "Messenger",
+    "MessengerClosed",
+    "PoolUnavailable",
+    "RankEndpoint",
+    "Received",
+    "Sent",
+    "TransferEvent",
+    "TransferFailed",
+    "TransferOptions",
+    "TransferStats",
+    "TransportFailed",
+    "UnknownTransport",
+    "check_compatible",
+    "parse_protocols",
+]

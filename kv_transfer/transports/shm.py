@@ -144,7 +144,8 @@ class _ShmLink(Link):
 
     def _confirm_cancel(self, token: bytes) -> None:
         self._cancelled.discard(token)
-        self._post(Cancelled(self, token))
+        if not self.is_down:
+            self._post(Cancelled(self, token))
 
     def _unmap(self, reason: str) -> None:
         # The array is the mapping's only user: with it the mapping goes.

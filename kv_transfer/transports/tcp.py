@@ -1,4 +1,4 @@
-"""TCP between hosts: the destination asks for blocks, the source streams them, the destination's own thread writes them.
+"""TCP between hosts: the destination asks for blocks, the source streams them, the destination itself writes them.
 
 On the way out blocks go from the pool's file to the socket without a copy (sendfile); on the way in, from the socket
 into the pool. What sendfile has queued refers to the pool's pages, so bytes of a source that aborts may still change
@@ -63,7 +63,7 @@ class TcpTransport(Transport):
         return None
 
     def open_link(self, peer: RankEndpoint, data_token: bytes, plan: PairPlan) -> Link:
-        return _TcpLink(self._running_loop(), self.post, self.pool, self.options, peer, data_token, plan)
+        return _TcpLink(self, self._running_loop(), peer, data_token, plan)
 
     def revoke(self, token: bytes) -> None:
         loop, listener = self._loop, self._listener
@@ -105,17 +105,10 @@ class _TcpLink(Link):
     """A few connections to one source rank. Everything but the methods of Link runs in the loop's thread."""
 
     def __init__(
-        self,
-        loop: TcpLoop,
-        post: Post,
-        pool: KVPool,
-        options: TransferOptions,
-        peer: RankEndpoint,
-        data_token: bytes,
-        plan: PairPlan,
+        self, transport: TcpTransport, loop: TcpLoop, peer: RankEndpoint, data_token: bytes, plan: PairPlan
     ) -> None:
-        self._loop, self._post, self._pool, self._peer = loop, post, pool, peer
-        self._data_token, self._plan, self._num_streams = data_token, plan, options.tcp_streams
+        self._loop, self._post, self._pool, self._peer = loop, transport.post, transport.pool, peer
+        self._data_token, self._plan, self._num_streams = data_token, plan, transport.options.tcp_streams
         self._channels: list[FetchingChannel] = []
         self._num_connected = 0
         self._is_down = False

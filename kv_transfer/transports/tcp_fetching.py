@@ -62,7 +62,7 @@ class _Request:
         plan = self._plan
         if not plan.is_whole_block:
             self._gathered = np.empty((len(self._dst_ids), plan.num_rows, plan.width), np.uint8)
-            return [memoryview(self._gathered).cast("B")]
+            return [self._gathered.data.cast("B")]
         blocks, size = self._pool.buffer, plan.dst_row_bytes
         merged = merge_runs(np.arange(len(self._dst_ids), dtype=np.int64), self._dst_ids)
         return [blocks[first * size : (first + count) * size] for _, first, count in merged]

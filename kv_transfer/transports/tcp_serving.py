@@ -47,15 +47,21 @@ class Listener(Channel):
         super().__init__(sock)
         self.served: set[ServingChannel] = set()
         self._loop, self._pool, self._leases, self._on_stranger = loop, pool, leases, on_stranger
+        self._is_paused = False
 
     def interest(self) -> int:
-        return selectors.EVENT_READ
+        return 0 if self._is_paused else selectors.EVENT_READ
+
+    def tick(self, now: float) -> None:
+        self._is_paused = False
+        self._loop.update(self)
 
     def ready(self, mask: int) -> None:
         try:
             sock, _ = self.sock.accept()
         except OSError:
-            # The peer has hung up again, or this process is out of descriptors: the next one may fare better.
+            # The peer has hung up again, or this process is out of descriptors: trying at once would spin.
+            self._is_paused = True
             return
         if sum(channel.session is None for channel in self.served) >= MAX_STRANGERS:
             sock.close()
@@ -131,7 +137,7 @@ class _Response:
             return sock.send(_ZEROS[: self._left])
         if not self._plan.is_whole_block:
             if self._gathered is None:
-                self._gathered = memoryview(self._plan.src_rows(self._pool.as_array())[self._ids]).cast("B")
+                self._gathered = self._plan.src_rows(self._pool.as_array())[self._ids].data.cast("B")
             sent = sock.send(self._gathered)
             self._gathered = self._gathered[sent:]
             return sent
@@ -149,7 +155,7 @@ class _Response:
                 raise ConnectionLost("the pool's file ended early")
         else:
             blocks = self._pool.buffer
-            views = []
+            views: list[memoryview] = []
             for start, size in runs:
                 if size >= SENDFILE_BYTES or len(views) == MAX_IOVECS:
                     break

@@ -1,0 +1,66 @@
+"""Which chunk is fetched next from one peer: transfers take turns, and only so many chunks are under way. Pure."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+
+from kv_transfer.effects import Token
+from kv_transfer.plan import IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Blocks that one call of a transport fetches.
+
+    Attributes:
+        src_ids, dst_ids: [num_blocks]
+    """
+
+    chunk_id: int
+    token: Token
+    src_ids: IntArray
+    dst_ids: IntArray
+
+
+class FetchQueue:
+    """What is waiting and what is under way, of all transfers with one peer."""
+
+    def __init__(self, blocks_per_chunk: int, window_chunks: int) -> None:
+        self._blocks_per_chunk = max(1, blocks_per_chunk)
+        self._window = window_chunks
+        self._waiting: OrderedDict[Token, deque[tuple[IntArray, IntArray]]] = OrderedDict()
+        self._under_way: dict[int, tuple[Token, int]] = {}
+        self._next_id = 0
+
+    def add(self, token: Token, src_ids: IntArray, dst_ids: IntArray) -> None:
+        """Ask for blocks, after those that the transfer has asked for before."""
+        self._waiting.setdefault(token, deque()).append((src_ids, dst_ids))
+
+    def next(self) -> Chunk | None:
+        """A chunk to be fetched now, counted as under way from here on; None when there is none, or no room for it."""
+        if len(self._under_way) >= self._window or not self._waiting:
+            return None
+        token, pieces = next(iter(self._waiting.items()))
+        src_ids, dst_ids = pieces.popleft()
+        most = self._blocks_per_chunk
+        if len(src_ids) > most:
+            pieces.appendleft((src_ids[most:], dst_ids[most:]))
+            src_ids, dst_ids = src_ids[:most], dst_ids[:most]
+        if pieces:
+            self._waiting.move_to_end(token)
+        else:
+            del self._waiting[token]
+        chunk = Chunk(self._next_id, token, src_ids, dst_ids)
+        self._under_way[chunk.chunk_id] = token, len(src_ids)
+        self._next_id += 1
+        return chunk
+
+    def done(self, chunk_id: int) -> tuple[Token, int] | None:
+        """A chunk is here: its transfer and its number of blocks; None when it was dropped."""
+        return self._under_way.pop(chunk_id, None)
+
+    def drop(self, token: Token) -> None:
+        """Forget a transfer's chunks, whether waiting or under way."""
+        self._waiting.pop(token, None)
+        self._under_way = {k: v for k, v in self._under_way.items() if v[0] != token}

@@ -1,0 +1,322 @@
+"""One TP rank's messenger: what an engine's runner calls, and the thread that does the work."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+
+from kv_transfer.control import ControlChannel, Source
+from kv_transfer.counters import Counters
+from kv_transfer.destination import DestinationSide
+from kv_transfer.endpoint import RankEndpoint
+from kv_transfer.errors import InvalidTransfer, MessengerClosed, TransportFailed
+from kv_transfer.events import TransferEvent, TransferFailed
+from kv_transfer.identity import ProcessIdentity
+from kv_transfer.leases import LeaseTable
+from kv_transfer.memory import KVPool
+from kv_transfer.options import TransferOptions
+from kv_transfer.protocol import MAX_AUX_BYTES, MAX_REASON_CHARS, WIRE_VERSION
+from kv_transfer.source import SourceSide
+from kv_transfer.tickets import ReceiveTicket, SendTicket, TicketBook
+from kv_transfer.transports.base import LaneEvent, Revoked, Transport
+from kv_transfer.transports.registry import load_transports
+
+log = logging.getLogger("kv_transfer")
+
+_TICK_S = 0.1
+_IDLE_WAIT_S = 5.0
+# An own pause of this length says nothing about the peers: what they sent meanwhile has not been read yet.
+_OWN_STALL_S = 0.5
+_CLOSE_TIMEOUT_S = 15.0
+
+Command = Callable[[float], None]
+
+
+class Messenger:
+    """Moves KV blocks between this rank's pool and those of other instances.
+
+    Life of a transfer on the source: ``open_send``, ``send_blocks`` as chunks are computed, ``finish_send``, then
+    ``poll`` yields Sent or TransferFailed. On the destination: ``open_receive``, then Received or TransferFailed. The
+    two sides may come in either order. Exactly one final event per transfer and side; until it was polled the blocks
+    belong to the transfer.
+
+    All methods return at once and may be called from any one thread; the work is done in threads of the messenger.
+    Whoever made it closes it, before the pool.
+    """
+
+    def __init__(
+        self, pool: KVPool, options: TransferOptions, *, name: str, on_event: Callable[[], None] | None = None
+    ) -> None:
+        """
+        Args:
+            name: of the instance, for people.
+            on_event: called from the messenger's thread when ``poll`` has something new; must not wait.
+        Raises:
+            UnknownTransport: a name in ``options.protocols`` is not installed.
+        """
+        self.name = name
+        self._pool, self._options, self._on_event = pool, options, on_event
+        self._transport_classes = load_transports(options.protocols)
+        self._counters = Counters()
+        self._leases = LeaseTable(pool.layout.num_blocks)
+        self._tickets = TicketBook(options.max_inflight)
+        self._events: deque[TransferEvent] = deque()
+        self._commands: deque[Command] = deque()
+        self._lane_events: deque[LaneEvent] = deque()
+        self._lock = threading.Lock()
+        self._is_running = False
+        self._transports: list[Transport] = []
+        self._control: ControlChannel | None = None
+        self._endpoint: RankEndpoint | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def endpoint(self) -> RankEndpoint:
+        """How peers reach this rank; from ``start`` on."""
+        if self._endpoint is None:
+            raise MessengerClosed(self.name)
+        return self._endpoint
+
+    def start(self) -> None:
+        """Listen, and begin to work. Once.
+
+        Raises:
+            TransportFailed: an address cannot be listened on, or a transport does not work on this host.
+        """
+        if self._thread is not None:
+            raise MessengerClosed(self.name)
+        options = self._options
+        control = ControlChannel(options.bind_host, options.control_port)
+        try:
+            offers = {}
+            for cls in self._transport_classes:
+                transport = cls(self._pool, options, self._leases, self._post)
+                self._transports.append(transport)
+                offers[transport.name] = transport.offer()
+        except TransportFailed:
+            self._close_transports()
+            control.close()
+            raise
+        self._control = control
+        self._endpoint = own = RankEndpoint(
+            name=self.name,
+            host=options.public_host,
+            control_port=control.port,
+            nonce=secrets.token_hex(16),
+            process=ProcessIdentity.own(),
+            layout=self._pool.layout,
+            wire_version=WIRE_VERSION,
+            transports=offers,
+        )
+        self._source = SourceSide(
+            own=own,
+            options=options,
+            control=control,
+            leases=self._leases,
+            transports=self._transports,
+            counters=self._counters,
+            report=self._report,
+        )
+        self._destination = DestinationSide(
+            own=own,
+            options=options,
+            control=control,
+            transports=self._transports,
+            counters=self._counters,
+            report=self._report,
+        )
+        self._is_running = True
+        self._thread = threading.Thread(target=self._run, name=f"kv-messenger-{self.name}", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Abort what is open (its TransferFailed can still be polled), and let go of everything. Idempotent.
+
+        Takes as long as live peers need to stop reading, ``drain_s`` at most, and about a second on top.
+        """
+        with self._lock:
+            was_running, self._is_running = self._is_running, False
+            if was_running and self._control is not None:
+                self._control.wake()
+        if self._thread is not None:
+            self._thread.join(_CLOSE_TIMEOUT_S)
+
+    def open_send(self, transfer_id: str, *, num_blocks: int, deadline_s: float) -> None:
+        """Announce that this rank will have blocks for a transfer; a destination may have reserved before.
+
+        Args:
+            deadline_s: from now to its end; then it fails.
+        Raises:
+            InvalidTransfer: the id is in use, or there are too many open transfers.
+        """
+        ticket = SendTicket(transfer_id, num_blocks)
+        self._tickets.open_send(ticket, deadline_s)
+        self._submit(lambda now: self._source.open(transfer_id, num_blocks, deadline_s, now))
+
+    def send_blocks(self, transfer_id: str, first_index: int, block_ids: Sequence[int]) -> None:
+        """Blocks ``first_index`` onward of the transfer are complete in the pool, and stay as they are until its end.
+
+        Raises:
+            InvalidTransfer: the transfer was not opened, or its event was polled; blocks that do not exist, or twice.
+        """
+        ids = self._tickets.send(transfer_id).take(first_index, block_ids, self._pool.layout.num_blocks)
+        self._submit(lambda now: self._source.offer(transfer_id, first_index, ids))
+
+    def finish_send(self, transfer_id: str, aux: bytes) -> None:
+        """All blocks were given.
+
+        Args:
+            aux: goes to the destination with the end: first token, logprobs. At most 1 MiB.
+        Raises:
+            InvalidTransfer: blocks are missing, aux is too long, or it was called before.
+        """
+        if len(aux) > MAX_AUX_BYTES:
+            raise InvalidTransfer(transfer_id, f"aux has {len(aux)} bytes; the limit is {MAX_AUX_BYTES}")
+        self._tickets.send(transfer_id).finish()
+        self._submit(lambda now: self._source.finish(transfer_id, bytes(aux)))
+
+    def open_receive(
+        self, transfer_id: str, source: Sequence[RankEndpoint], block_ids: Sequence[int], *, deadline_s: float
+    ) -> None:
+        """Fetch a transfer's blocks into this rank's pool as they get ready at the source.
+
+        Args:
+            source: the endpoints of all TP ranks of the source instance.
+            block_ids: where the blocks go, in the transfer's order; from now to the event the messenger writes them.
+            deadline_s: from now to its end; then it fails.
+        Raises:
+            InvalidTransfer: the id is in use, blocks do not exist or are named twice, no source, too many transfers.
+        """
+        if not source:
+            raise InvalidTransfer(transfer_id, "no source was given")
+        endpoints = tuple(source)
+        ticket = ReceiveTicket(transfer_id, block_ids, self._pool.layout.num_blocks)
+        self._tickets.open_receive(ticket, deadline_s)
+        self._submit(lambda now: self._destination.open(transfer_id, endpoints, ticket.block_ids, deadline_s, now))
+
+    def abort(self, transfer_id: str, reason: str) -> None:
+        """Give a transfer up, whichever side of it is here; TransferFailed follows. Does nothing when it has ended."""
+        why = reason[: MAX_REASON_CHARS // 2]
+
+        def act(now: float) -> None:
+            self._source.abort(transfer_id, why, "", now)
+            self._destination.abort(transfer_id, why, "")
+
+        self._submit(act)
+
+    def poll(self) -> list[TransferEvent]:
+        """What has ended since the last call; never waits. Works after ``close`` as well."""
+        with self._lock:
+            found = list(self._events)
+            self._events.clear()
+            for event in found:
+                self._tickets.close(event.transfer_id)
+        return found
+
+    def counters(self) -> Mapping[str, int | float]:
+        """Plain counts since the start, and ``transfers_open``; see ``kv_transfer.counters``."""
+        values = self._counters.snapshot()
+        values["transfers_open"] = len(self._tickets)
+        for transport in self._transports:
+            for key, value in transport.counters().items():
+                values[f"{transport.name}_{key}_total"] = value
+        return values
+
+    def __enter__(self) -> Messenger:
+        self.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _submit(self, command: Command) -> None:
+        with self._lock:
+            if not self._is_running or self._control is None:
+                raise MessengerClosed(self.name)
+            self._commands.append(command)
+            self._control.wake()
+
+    def _post(self, event: LaneEvent) -> None:
+        """Take an event of a transport, in whichever thread."""
+        self._lane_events.append(event)
+        if self._control is not None:
+            self._control.wake()
+
+    def _report(self, event: TransferEvent) -> None:
+        with self._lock:
+            self._events.append(event)
+        if self._on_event is not None:
+            self._on_event()
+
+    def _run(self) -> None:
+        control = self._control
+        assert control is not None
+        try:
+            last_tick = time.monotonic()
+            while self._is_running:
+                last_tick = self._turn(control, last_tick)
+            self._abort_all("the messenger was closed")
+            give_up = time.monotonic() + self._options.drain_s + 1.0
+            while (self._source.num_open or self._destination.num_open) and time.monotonic() < give_up:
+                last_tick = self._turn(control, last_tick)
+        finally:
+            with self._lock:
+                self._is_running = False
+            # After this nothing of ours touches the pool, whatever the transfers' states.
+            self._close_transports()
+            self._control = None
+            control.close()
+            self._report_unfinished()
+
+    def _turn(self, control: ControlChannel, last_tick: float) -> float:
+        """One round of the loop; when its clock was last looked at."""
+        busy = self._source.is_waiting or self._destination.is_waiting
+        tick_s = min(_TICK_S, self._options.heartbeat_s / 4)
+        for incoming in control.wait(tick_s if busy else _IDLE_WAIT_S):
+            now = time.monotonic()
+            if incoming.source is Source.SESSION:
+                self._source.receive(incoming.key, incoming.frame, now)
+            elif incoming.source is Source.PEER:
+                self._destination.receive(incoming.key, incoming.frame, now)
+            else:
+                self._source.lose(incoming.key, "its process has ended", now)
+                self._destination.lose(incoming.key, "its process has ended")
+        while self._commands:
+            self._commands.popleft()(time.monotonic())
+        while self._lane_events:
+            event = self._lane_events.popleft()
+            if isinstance(event, Revoked):
+                self._source.revoked(event.transport, event.token, time.monotonic())
+            else:
+                self._destination.take(event, time.monotonic())
+        now = time.monotonic()
+        if now - last_tick < tick_s:
+            return last_tick
+        stalled = busy and now - last_tick > _OWN_STALL_S
+        silence_s = float("inf") if stalled else self._options.silence_s
+        self._source.tick(now, silence_s)
+        self._destination.tick(now, silence_s)
+        return now
+
+    def _abort_all(self, reason: str) -> None:
+        self._source.abort_all(reason, time.monotonic())
+        self._destination.abort_all(reason)
+
+    def _report_unfinished(self) -> None:
+        """Fail what has no event yet: peers that were not waited for any longer, and calls that came too late."""
+        with self._lock:
+            ended = {event.transfer_id for event in self._events}
+            unfinished = [i for i in self._tickets.open_ids() if i not in ended]
+        for transfer_id in unfinished:
+            self._report(TransferFailed(transfer_id, "the messenger was closed", ""))
+
+    def _close_transports(self) -> None:
+        for transport in self._transports:
+            transport.close()

@@ -1,0 +1,165 @@
+"""A source rank as a destination sees it: greeting -> proving -> linking -> up, or failed. In the messenger's thread.
+
+Failed is for good: whoever wants to talk to the same source again makes a new Peer, with a new connection.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from enum import Enum
+
+from kv_transfer.control import ControlChannel
+from kv_transfer.counters import Counters
+from kv_transfer.effects import Token
+from kv_transfer.endpoint import RankEndpoint
+from kv_transfer.errors import TransportFailed
+from kv_transfer.fetch_queue import FetchQueue
+from kv_transfer.handshake import greet, is_proof, proof
+from kv_transfer.options import TransferOptions
+from kv_transfer.plan import PairPlan
+from kv_transfer.protocol import Message, Ping, Prove, Ready, Welcome, encode
+from kv_transfer.transports.base import Link, Transport
+
+log = logging.getLogger("kv_transfer")
+
+
+class PeerState(Enum):
+    GREETING = "greeting"
+    PROVING = "proving"
+    LINKING = "linking"
+    UP = "up"
+    FAILED = "failed"
+
+
+class Peer:
+    """One connection to one source rank, with the one link that blocks are fetched over.
+
+    Attributes:
+        tokens: legs that have to do with this peer, and have not ended.
+        lane: name of the transport in use, once up.
+    """
+
+    def __init__(
+        self,
+        *,
+        own: RankEndpoint,
+        endpoint: RankEndpoint,
+        plan: PairPlan,
+        options: TransferOptions,
+        control: ControlChannel,
+        transports: Sequence[Transport],
+        counters: Counters,
+        now: float,
+    ) -> None:
+        """Begin to reach the source.
+
+        Args:
+            transports: in order of preference.
+        Raises:
+            TransportFailed: no transport can reach it, or its address is none; says why for each.
+        """
+        self.endpoint, self.plan = endpoint, plan
+        self.state = PeerState.GREETING
+        self.tokens: set[Token] = set()
+        self.link: Link | None = None
+        self.lane = ""
+        self.queue = FetchQueue(options.chunk_bytes // max(1, plan.bytes_per_block), options.window_chunks)
+        self.last_heard = now
+        self.idle_since = now
+        self._last_ping = now
+        self._options, self._control, self._counters = options, control, counters
+        self._reasons: list[str] = []
+        self._candidates = [t for t in transports if self._can_reach(t)]
+        if not self._candidates:
+            raise TransportFailed(self._no_lane())
+        self._first_choice = self._candidates[0].name
+        self._data_token = b""
+        self._hello = greet(own, endpoint)
+        self.key = control.connect(endpoint.host, endpoint.control_port)
+        control.watch(self.key, endpoint.process)
+        self.tell(self._hello)
+
+    @property
+    def name(self) -> str:
+        return self.endpoint.describe()
+
+    def tell(self, message: Message) -> None:
+        """What cannot be sent is lost; the peer's silence then ends it."""
+        self._control.tell_peer(self.key, encode(message))
+
+    def welcome(self, message: Welcome) -> str | None:
+        """The source has answered; why that is not good, or None."""
+        secret, challenge = self._options.secret, message.challenge
+        if self.state is not PeerState.GREETING:
+            return "it greets twice"
+        if not is_proof(message.proof, secret, "source", self._hello, challenge):
+            return "the peers do not share the same transfer secret"
+        self.tell(Prove(proof(secret, "destination", self._hello, challenge)))
+        self.state = PeerState.PROVING
+        return None
+
+    def ready(self, message: Ready) -> str | None:
+        """The source lets us in; why we cannot go on, or None."""
+        if self.state is not PeerState.PROVING:
+            return "it lets us in unasked"
+        self._data_token = message.data_token
+        self.state = PeerState.LINKING
+        return self._open_next_link()
+
+    def link_up(self) -> None:
+        """The link that is being opened works."""
+        self.state = PeerState.UP
+        if self.lane != self._first_choice:
+            self._counters.add("downgrades_total")
+            log.warning(
+                "KV transfer with %s goes over %s instead of %s: %s",
+                self.name,
+                self.lane,
+                self._first_choice,
+                "; ".join(self._reasons),
+            )
+
+    def link_failed(self, reason: str) -> str | None:
+        """The link that is being opened does not; why there is no other one, or None when the next is under way."""
+        self._reasons.append(f"{self.lane}: {reason}")
+        self.link = None
+        return self._open_next_link()
+
+    def keep_alive(self, now: float) -> None:
+        """Show the source that we live, if it is time."""
+        if now - self._last_ping >= self._options.heartbeat_s and self.state is PeerState.UP:
+            self._last_ping = now
+            self.tell(Ping())
+
+    def pump(self) -> None:
+        """Fetch what may be fetched now."""
+        if self.state is not PeerState.UP or self.link is None:
+            return
+        while (chunk := self.queue.next()) is not None:
+            self.link.fetch(chunk.chunk_id, chunk.token, chunk.src_ids, chunk.dst_ids)
+
+    def hang_up(self) -> None:
+        """Let go of the control connection; the link is its owner's to close."""
+        self._control.unwatch(self.key)
+        self._control.disconnect(self.key)
+
+    def _can_reach(self, transport: Transport) -> bool:
+        if transport.name not in self.endpoint.transports:
+            self._reasons.append(f"{transport.name}: the peer does not offer it")
+            return False
+        obstacle = transport.obstacle(self.endpoint)
+        if obstacle is not None:
+            self._reasons.append(f"{transport.name}: {obstacle}")
+        return obstacle is None
+
+    def _open_next_link(self) -> str | None:
+        if not self._candidates:
+            return self._no_lane()
+        transport = self._candidates.pop(0)
+        self.lane = transport.name
+        self.link = transport.open_link(self.endpoint, self._data_token, self.plan)
+        return None
+
+    def _no_lane(self) -> str:
+        return f"no transport reaches {self.name} ({'; '.join(self._reasons)})"
