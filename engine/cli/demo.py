@@ -1,0 +1,194 @@
+"""``splitwise-sched demo``: a whole deployment on this machine, real prompts, and every token checked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+from pydantic import Field
+
+from engine.demo.fleet import Fleet, free_port
+from splitwise_sched.cli.options import settings_command
+from splitwise_sched.errors import ConfigError
+from splitwise_sched.settings import ExplicitSettings
+
+if TYPE_CHECKING:
+    import httpx
+    from rich.console import Console
+
+    from engine.demo.client import Answer
+    from engine.demo.workload import DemoRequest
+
+MODEL_NAME = "demo"
+KV_BLOCK_SIZE = 16
+NUM_STREAMED = 2
+MAX_INSTANCES = 16
+
+
+class DemoSettings(ExplicitSettings):
+    """What the demo starts and sends."""
+
+    prefill: int = Field(2, ge=1, le=MAX_INSTANCES, description="Prefill instances.")
+    decode: int = Field(2, ge=1, le=MAX_INSTANCES, description="Decode instances.")
+    transport: Literal["shm", "tcp"] = Field("shm", description="How KV blocks move between them.")
+    model: str | None = Field(
+        None, description="Model directory or hub id. Left out: a small Llama, made and trained on the spot."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32", description="Type of weights and KV; float32 makes answers exactly comparable."
+    )
+    requests: int = Field(64, ge=1, le=100_000, description="Requests to send.")
+    concurrency: int = Field(16, ge=1, le=1024, description="Requests under way at a time.")
+    kv_blocks: int = Field(1024, ge=8, description="KV blocks of 16 tokens on each instance.")
+
+
+@settings_command(DemoSettings, name="demo")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all that was found there, as JSON.")
+def command(settings: DemoSettings, json_file: Path | None) -> int:
+    """Start Redis, prefill and decode instances and a gateway; send prompts; compare every token with generate().
+
+    Exit code 0 only when all tokens are right. Everything that it started is stopped at its end.
+    """
+    from rich.console import Console
+
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"--json {json_file}: there is no directory {json_file.parent}")
+    for noisy in ("httpx", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    console = Console()
+    model = _model_directory(settings.model, console)
+    with Fleet() as fleet:
+        return asyncio.run(_run(settings, json_file, console, fleet, model))
+
+
+def _model_directory(model: str | None, console: Console) -> Path:
+    """A directory, made, downloaded or as named."""
+    if model is None:
+        from engine.demo.model import ensure_demo_model
+
+        return ensure_demo_model(console=console)
+    if Path(model).is_dir():
+        return Path(model).resolve()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as exc:
+        raise ConfigError(
+            f"--model {model} is no directory here, and the hub gives no model of that name ({exc}): give a directory "
+            "with config.json, tokenizer.json and safetensors, or a hub id that can be reached"
+        ) from exc
+
+
+async def _run(settings: DemoSettings, json_file: Path | None, console: Console, fleet: Fleet, model: Path) -> int:
+    import httpx
+
+    from engine.demo.client import TIMEOUT_S
+    from engine.demo.report import Row, print_differences, print_summary, print_table, summary, write_json
+    from splitwise_sched.store import Store
+
+    port = await _start(settings, console, fleet, model)
+    requests = _workload(settings, model)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client:
+        answers = await _send(settings, console, fleet, client, requests)
+    store = Store(fleet.settings)
+    try:
+        await store.connect()
+        records = [await store.request_record(a.request.request_id) for a in answers]
+        server = store.server
+    finally:
+        await store.close()
+    expected = _reference(settings, console, model, requests)
+    rows = [Row(a, r, e) for a, r, e in zip(answers, records, expected, strict=True)]
+    print_table(console, rows)
+    found = summary(
+        rows, num_prefill=settings.prefill, num_decode=settings.decode, redis_server=server, model=str(model)
+    )
+    print_differences(console, rows)
+    print_summary(console, found)
+    if json_file is not None:
+        write_json(json_file, found)
+    return 0 if found["mismatched"] == 0 else 1
+
+
+async def _start(settings: DemoSettings, console: Console, fleet: Fleet, model: Path) -> int:
+    """Everything up and healthy; returns the gateway's port."""
+    count = settings.prefill + settings.decode
+    protocols = {"shm": "ipc,tcp", "tcp": "tcp"}[settings.transport]
+    flags = ("--cache-transfer-protocol", protocols, "--dtype", settings.dtype, "--served-model-name", MODEL_NAME,
+             "--num-gpu-blocks-override", str(settings.kv_blocks))  # fmt: skip
+    with console.status(f"{fleet.redis.description}; starting {count} instances and a gateway"):
+        for role, number in (("prefill", settings.prefill), ("decode", settings.decode)):
+            for index in range(number):
+                fleet.start_instance(role, index, model, flags)
+        port = free_port()
+        fleet.start("gateway", ("gateway", "--port", str(port), "--model", str(model)))
+        await fleet.wait_for_instances(count)
+        await fleet.wait_for_gateway(port)
+    console.print(
+        f"{fleet.redis.description} on port {fleet.redis.port}, {settings.prefill} prefill and {settings.decode} "
+        f"decode instances, gateway on http://127.0.0.1:{port}/v1"
+    )
+    return port
+
+
+def _workload(settings: DemoSettings, model: Path) -> list[DemoRequest]:
+    from engine.demo.corpus import load_corpus
+    from engine.demo.workload import make_workload
+    from splitwise_sched.tokenizer import Tokenizer
+
+    corpus = load_corpus()
+    questions = [ways[0] for ways, _ in corpus.dialogues]
+    tokenizer = Tokenizer.from_pretrained_dir(model)
+    room = min(_max_len(model), (settings.kv_blocks - 1) * KV_BLOCK_SIZE)
+    return make_workload(tokenizer, list(corpus.passages), questions, count=settings.requests, max_len=room)
+
+
+def _max_len(model: Path) -> int:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return int(config.get("max_position_embeddings") or 2048)
+
+
+async def _send(
+    settings: DemoSettings, console: Console, fleet: Fleet, client: httpx.AsyncClient, requests: list[DemoRequest]
+) -> list[Answer]:
+    """A few one by one, shown as they stream; the rest together, behind a progress bar."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from engine.demo.client import complete, complete_all
+
+    chats = [r for r in requests if r.title.endswith("?")][:NUM_STREAMED]
+    answers = {}
+    for request in chats:
+        console.print(f"\n[bold]{request.title}[/]")
+        show = partial(console.print, end="", markup=False, highlight=False, style="cyan")
+        answers[request.request_id] = await complete(client, MODEL_NAME, request, on_text=show)
+        console.print()
+    console.print()
+    rest = [r for r in requests if r.request_id not in answers]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(f"{settings.concurrency} requests at a time", total=len(rest))
+        for answer in await complete_all(
+            client, MODEL_NAME, rest, settings.concurrency, lambda _: progress.advance(task)
+        ):
+            answers[answer.request.request_id] = answer
+    fleet.check()
+    return [answers[r.request_id] for r in requests]
+
+
+def _reference(
+    settings: DemoSettings, console: Console, model: Path, requests: list[DemoRequest]
+) -> list[tuple[int, ...]]:
+    from rich.progress import track
+
+    from engine.demo.reference import generate_reference
+
+    answers = generate_reference(model, requests, settings.dtype)
+    return list(track(answers, "the same through generate()", total=len(requests), console=console))

@@ -1,0 +1,102 @@
+"""``splitwise-sched serve``: one instance, from its flags to its last request."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engine.settings import EngineSettings, InstanceSettings, TransferSettings
+from splitwise_sched.cli.options import settings_command
+from splitwise_sched.embedded import scheduler_server
+from splitwise_sched.settings import SchedulerSettings
+
+
+@settings_command(EngineSettings, InstanceSettings, TransferSettings, SchedulerSettings, name="serve")
+def command(
+    engine: EngineSettings, instance: InstanceSettings, transfer: TransferSettings, scheduler: SchedulerSettings
+) -> None:
+    """Run an instance: it claims requests of its topic, computes its part, and moves KV blocks to or from its peers.
+
+    Ctrl-C or SIGTERM ends it; what it holds goes back to the queue at once.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with ExitStack() as stack:
+        _serve(stack, engine, instance, transfer, scheduler)
+
+
+def _serve(
+    stack: ExitStack,
+    engine_settings: EngineSettings,
+    instance: InstanceSettings,
+    transfer_settings: TransferSettings,
+    scheduler: SchedulerSettings,
+) -> None:
+    from engine.instance_http import InstanceHttp
+    from engine.runner import Runner, RunnerOptions
+    from engine.transformers import create
+
+    role = instance.splitwise_role
+    options, transfer = engine_settings.options(role), transfer_settings.options()
+    status: dict[str, Any] = {}
+    ports = [
+        stack.enter_context(closing(InstanceHttp(instance.host, port, lambda: _status(status), metrics_only=metrics)))
+        for port, metrics in ((instance.port, False), (instance.metrics_port, True))
+        if port is not None
+    ]
+    scheduler = stack.enter_context(scheduler_server(scheduler))
+    click.echo(f"loading {options.model} ...", err=True)
+    driver = stack.enter_context(closing(create(options)))
+    details = {
+        "engine": engine_settings.engine,
+        "host": socket.gethostname(),
+        "pid": str(os.getpid()),
+        "address": f"{instance.host}:{ports[0].port}" if ports else "",
+        "tokenizer": str(Path(options.model).resolve()) if Path(options.model).is_dir() else "",
+    }
+    runner_options = RunnerOptions(
+        name=instance.name, role=role, max_waiting_tokens=instance.max_waiting_tokens, details=details
+    )
+    runner = Runner(driver, scheduler, transfer, runner_options)
+    # From here a signal lets the loop come round once more and hand its work back.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: runner.stop())
+    stack.enter_context(closing(runner))
+    runner.start()
+    assert runner.instance is not None
+    status.update(runner=runner, topic=scheduler.scheduler_topic, lease_s=scheduler.instance_lease_s)
+    for port in ports:
+        port.start()
+    spec = driver.spec
+    click.echo(
+        f"{role.value} instance {runner.instance.instance_id} serves {spec.model!r} on topic "
+        f"{scheduler.scheduler_topic!r} through {runner.instance.server} at "
+        f"{scheduler.scheduler_host}:{scheduler.scheduler_port}; {spec.num_blocks} KV blocks of {spec.block_size} "
+        f"tokens, transports {', '.join(transfer.protocols)}"
+        + "".join(f"; http://{instance.host}:{port.port}" for port in ports)
+    )
+    runner.run()
+    click.echo("stopped; what it held is back in the queue", err=True)
+
+
+def _status(source: dict[str, Any]) -> dict[str, Any]:
+    runner = source["runner"]
+    went_round_s = time.monotonic() - runner.went_round_at
+    transfer = {f"kv_{name}": value for name, value in runner.ranks.counters().items()}
+    return {
+        "healthy": went_round_s < source["lease_s"],
+        "instance_id": runner.instance.instance_id if runner.instance is not None else "",
+        "role": runner.role.value,
+        "model": runner.engine.spec.model,
+        "topic": source["topic"],
+        "went_round_s": round(went_round_s, 3),
+        "load": runner.load(),
+        "totals": {**runner.totals(), **transfer},
+    }

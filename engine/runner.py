@@ -1,0 +1,216 @@
+"""claim → prefill or decode → publish, for engines that we drive.
+
+One thread goes round: what came from the scheduler, what came from the messengers, one engine step, outputs out. It
+never waits for Redis or a peer; when there is nothing to do it sleeps until somebody wakes it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from engine.decode_leg import DecodeLeg
+from engine.port import BlocksReady, EngineDriver, TokensOut
+from engine.prefill_leg import PrefillLeg
+from engine.ranks import RankGroup
+from kv_transfer.events import TransferEvent
+from kv_transfer.options import TransferOptions
+from splitwise_sched.errors import Fenced
+from splitwise_sched.records import DecodeAssigned, Dropped, InstanceEvent, LeaseLost, PrefillAssigned, Registration
+from splitwise_sched.settings import SchedulerSettings
+from splitwise_sched.sync import Instance
+from splitwise_sched.types import Output, Role
+
+logger = logging.getLogger(__name__)
+
+IDLE_S = 0.1
+CLAIM_AT_ONCE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerOptions:
+    """
+    Attributes:
+        name: of the instance; its id is this and a boot nonce.
+        max_waiting_tokens: prompt tokens that are claimed ahead of their computation; beyond that, requests stay in
+            the queue for whoever has room first.
+        details: further fields of the lease record.
+    """
+
+    name: str
+    role: Role
+    max_waiting_tokens: int = 2048
+    details: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class RunnerStats:
+    """Plain counters since start; read from any thread."""
+
+    num_steps: int = 0
+    num_prefilled: int = 0
+    num_finished: int = 0
+    num_output_tokens: int = 0
+    num_dropped: int = 0
+    num_leases_lost: int = 0
+
+
+class Runner:
+    """One instance: an engine, its messengers, its place in the topic.
+
+    ``start`` raises what can be wrong at start; ``run`` goes round until ``stop`` is called from any thread or signal
+    handler; ``close`` ends the rest. The engine stays the caller's.
+    """
+
+    def __init__(
+        self, engine: EngineDriver, settings: SchedulerSettings, transfer: TransferOptions, options: RunnerOptions
+    ) -> None:
+        self.stats = RunnerStats()
+        self.engine = engine
+        self.role = options.role
+        self.went_round_at = time.monotonic()
+        self._options = options
+        self._settings = settings
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self.ranks = RankGroup(engine.kv_pools, transfer, name=options.name, on_event=self._wake.set)
+        self.instance: Instance | None = None
+        self._prefill: PrefillLeg
+        self._decode: DecodeLeg
+
+    def start(self) -> None:
+        """Start the messengers and register. Raises SplitwiseError or KVTransferError; nothing runs on after that."""
+        self.ranks.start()
+        try:
+            instance = Instance(self._settings, self._registration(), on_event=self._wake.set)
+            instance.start()
+        except BaseException:
+            self.ranks.close()
+            raise
+        self.instance = instance
+        timeout_s = self._settings.scheduler_ttl
+        self._prefill = PrefillLeg(self.engine, self.ranks, instance, timeout_s)
+        self._decode = DecodeLeg(self.engine, self.ranks, instance, timeout_s)
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._wake.set()
+
+    def close(self) -> None:
+        """Hand back what is held, leave the topic, end the messengers. Idempotent."""
+        if self.instance is not None:
+            self.instance.close()
+            self.instance = None
+            self.ranks.close()
+
+    def run(self) -> None:
+        """Go round until ``stop``. Raises Fenced when the lease was lost and no new one can be had."""
+        while not self._stop.is_set():
+            if not self.go_round():
+                self._wake.wait(IDLE_S)
+            self._wake.clear()
+
+    def go_round(self) -> bool:
+        """Once; returns whether the engine computed."""
+        assert self.instance is not None, "start() comes first"
+        self.went_round_at = time.monotonic()
+        for event in self.instance.poll(self._room(), self.load()):
+            self._on_scheduler(event)
+        outputs = [o for e in self.ranks.poll() if (o := self._on_transfer(e)) is not None]
+        self._decode.reserve_waiting()
+        computes = self.engine.has_work()
+        if computes:
+            self.stats.num_steps += 1
+            for engine_event in self.engine.step():
+                if isinstance(engine_event, BlocksReady):
+                    if engine_event.key in self._prefill.runs:
+                        self._prefill.on_blocks(engine_event)
+                elif (output := self._on_tokens(engine_event)) is not None:
+                    outputs.append(output)
+        self.instance.publish(outputs)
+        return computes
+
+    # ---- events --------------------------------------------------------------------------------------------------
+
+    def _on_scheduler(self, event: InstanceEvent) -> None:
+        assert self.instance is not None
+        if isinstance(event, PrefillAssigned):
+            key = f"{event.request.request_id}@{event.epoch}"
+            if event.decode_instance == self.instance.instance_id:
+                self._decode.run_whole(key, event)
+            else:
+                self._prefill.assign(key, event)
+        elif isinstance(event, DecodeAssigned):
+            self._decode.assign(f"{event.request.request_id}@{event.epoch}", event)
+        elif isinstance(event, Dropped):
+            self.stats.num_dropped += 1
+            key = f"{event.request_id}@{event.epoch}"
+            self._prefill.drop(key, event.reason)
+            self._decode.drop(key, event.reason)
+        else:
+            self._on_lease_lost(event)
+
+    def _on_lease_lost(self, event: LeaseLost) -> None:
+        self.stats.num_leases_lost += 1
+        for key in list(self._prefill.runs):
+            self._prefill.drop(key, event.reason)
+        for key in list(self._decode.runs):
+            self._decode.drop(key, event.reason)
+        if event.new_instance_id is None:
+            raise Fenced(f"this instance lost its place in the topic and cannot come back: {event.reason}")
+
+    def _on_transfer(self, event: TransferEvent) -> Output | None:
+        if event.transfer_id in self._prefill.runs:
+            self._prefill.on_transfer(event)
+            return None
+        if event.transfer_id in self._decode.runs:
+            return self._decode.on_transfer(event)
+        return None
+
+    def _on_tokens(self, event: TokensOut) -> Output | None:
+        if event.key in self._prefill.runs:
+            self.stats.num_prefilled += 1
+            output = self._prefill.on_tokens(event)
+        elif event.key in self._decode.runs:
+            output = self._decode.on_tokens(event)
+        else:
+            return None
+        self.stats.num_output_tokens += len(event.token_ids)
+        self.stats.num_finished += event.finish_reason is not None
+        return output
+
+    # ---- what others see -----------------------------------------------------------------------------------------
+
+    def _room(self) -> int:
+        waiting = self._prefill.waiting_tokens + self._decode.waiting_tokens
+        return CLAIM_AT_ONCE if waiting < self._options.max_waiting_tokens else 0
+
+    def load(self) -> dict[str, int | float | str]:
+        """What the instance holds now; goes into its lease record."""
+        load = self.engine.load()
+        return {"running": load.num_running, "waiting": load.num_waiting, "free_blocks": load.num_free_blocks}
+
+    def totals(self) -> dict[str, int]:
+        """Counters since start."""
+        return {**asdict(self.stats), "num_preempted": self.engine.load().num_preempted_total}
+
+    def _registration(self) -> Registration:
+        spec, layout = self.engine.spec, self.engine.kv_layout
+        return Registration(
+            name=self._options.name,
+            role=self._options.role,
+            model=spec.model,
+            must_match={f"kv.{name}": value for name, value in layout.compatibility().items()},
+            capacity_tokens=spec.num_blocks * spec.block_size,
+            capacity_requests=spec.max_num_seqs,
+            block_size=spec.block_size,
+            max_model_len=spec.max_model_len,
+            details={
+                **self._options.details,
+                "kv_endpoints": json.dumps([endpoint.to_dict() for endpoint in self.ranks.endpoints]),
+            },
+        )

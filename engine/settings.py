@@ -1,0 +1,118 @@
+"""Settings of an instance, beside the scheduler's: its engine, its KV transfer, its ports."""
+
+from __future__ import annotations
+
+import socket
+from typing import Literal
+
+from pydantic import Field, SecretStr, field_validator
+
+from engine.transformers.options import TransformersOptions
+from kv_transfer.errors import KVTransferError
+from kv_transfer.options import TransferOptions, parse_protocols
+from splitwise_sched.errors import ConfigError
+from splitwise_sched.settings import ExplicitSettings
+from splitwise_sched.types import Role, check_id
+
+
+class InstanceSettings(ExplicitSettings):
+    """What the instance is in its topic, and where it can be asked how it is."""
+
+    splitwise_role: Role = Field(Role.MIXED, description="What this instance does: prefill, decode or both (mixed).")
+    instance_name: str | None = Field(
+        None,
+        description="Name that stays over restarts; its id is this and a boot nonce. Left out: role and host name.",
+    )
+    host: str = Field("127.0.0.1", description="Interface of --port and --metrics-port.")
+    port: int | None = Field(None, ge=0, le=65535, description="HTTP port with /health, /load and /metrics; 0: any.")
+    metrics_port: int | None = Field(None, ge=0, le=65535, description="HTTP port with /metrics alone; 0: any.")
+    max_waiting_tokens: int = Field(
+        2048, ge=1, description="Prompt tokens claimed ahead of their computation; the rest waits in the common queue."
+    )
+
+    @field_validator("instance_name")
+    @classmethod
+    def _name_is_an_id(cls, value: str | None) -> str | None:
+        return value if value is None else check_id("instance", value)
+
+    @property
+    def name(self) -> str:
+        if self.instance_name is not None:
+            return self.instance_name
+        host = "".join(c if c.isalnum() or c in "._-" else "-" for c in socket.gethostname())
+        return f"{self.splitwise_role.value}-{host}"[:100]
+
+
+class EngineSettings(ExplicitSettings):
+    """The transformers engine."""
+
+    engine: Literal["transformers"] = Field("transformers", description="Inference engine that runs the model.")
+    model: str = Field(description="Model directory, or Hugging Face hub id.")
+    served_model_name: str | None = Field(None, description="Name that requests ask for. Left out: --model as given.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of weights and KV; auto is the model's own."
+    )
+    device: str = Field("cpu", description="cpu, cuda or cuda:<n>.")
+    block_size: int = Field(16, ge=1, le=4096, description="Tokens in a KV block; equal on all instances of a topic.")
+    num_gpu_blocks_override: int | None = Field(
+        None, ge=2, description="KV blocks in the pool. Left out: as many as fit into --kv-memory-mb."
+    )
+    kv_memory_mb: int | None = Field(None, ge=1, description="MiB of the KV pool. Left out: 1024.")
+    max_num_seqs: int = Field(64, ge=1, description="Sequences in one forward pass, at most.")
+    max_num_batched_tokens: int = Field(
+        1024, ge=1, description="Tokens in one forward pass, at most; longer prompts are prefilled in chunks."
+    )
+    max_model_len: int | None = Field(
+        None, ge=2, description="Prompt and output tokens together. Left out: what model and pool allow."
+    )
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of the engine. Left out: torch's choice.")
+    tensor_parallel_size: Literal[1] = Field(1, description="Ranks that share the model; this engine has one.")
+
+    def options(self, role: Role) -> TransformersOptions:
+        """Raises ConfigError, naming the option."""
+        return TransformersOptions(
+            model=self.model,
+            served_model_name=self.served_model_name,
+            role=role,
+            dtype=self.dtype,
+            device=self.device,
+            block_size=self.block_size,
+            num_blocks=self.num_gpu_blocks_override,
+            kv_memory_bytes=None if self.kv_memory_mb is None else self.kv_memory_mb << 20,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            num_threads=self.num_threads,
+        )
+
+
+class TransferSettings(ExplicitSettings):
+    """How KV blocks move between this instance and its peers."""
+
+    cache_transfer_protocol: str = Field(
+        "ipc,tcp", description="Transports in order of preference; ipc is shared memory on one host, tcp goes across."
+    )
+    pd_comm_host: str = Field("127.0.0.1", description="Interface that peers' messengers connect to.")
+    pd_comm_advertise_host: str | None = Field(
+        None, description="Address that peers are told to connect to. Left out: --pd-comm-host."
+    )
+    pd_comm_port: int = Field(0, ge=0, le=65535, description="Control port of the KV messenger; 0: any that is free.")
+    kv_secret: SecretStr | None = Field(
+        None, description="Shared by all instances of a topic: who does not know it gets no KV and gives none."
+    )
+    kv_silence_s: float = Field(3.0, ge=0.1, le=600, description="A peer that is silent for so long is gone.")
+
+    def options(self) -> TransferOptions:
+        """Raises ConfigError, naming the option."""
+        try:
+            return TransferOptions(
+                protocols=parse_protocols(self.cache_transfer_protocol),
+                bind_host=self.pd_comm_host,
+                advertise_host=self.pd_comm_advertise_host,
+                control_port=self.pd_comm_port,
+                secret=None if self.kv_secret is None else self.kv_secret.get_secret_value(),
+                silence_s=self.kv_silence_s,
+                heartbeat_s=min(1.0, self.kv_silence_s / 3),
+            )
+        except KVTransferError as exc:
+            raise ConfigError(str(exc)) from exc
