@@ -9,7 +9,13 @@ from collections.abc import Iterable
 
 
 class KVTransferError(Exception):
-    """Base of all."""
+    """Base of all.
+
+    Attributes:
+        exit_code: of a command that ends with this error; a command line prints such errors without a traceback.
+    """
+
+    exit_code = 1
 
 
 class InvalidLayout(KVTransferError):

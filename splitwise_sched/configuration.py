@@ -168,7 +168,22 @@ def _build(settings_class: type[BaseModel], given: Mapping[str, Given]) -> BaseM
         errors = exc.errors(include_url=False)
         raise ConfigError("; ".join(dict.fromkeys(_explain(error, fields, given) for error in errors))) from exc
     except SplitwiseError as exc:
-        raise ConfigError(str(exc)) from exc
+        origin = _origin_of_refusal(settings_class, values, given)
+        raise ConfigError(f"{origin}: {exc}" if origin is not None else str(exc)) from exc
+
+
+def _origin_of_refusal(
+    settings_class: type[BaseModel], values: Mapping[str, Any], given: Mapping[str, Given]
+) -> str | None:
+    """What gave the value that a validator refused with an error of ours, which, unlike pydantic's, names no field."""
+    for name, value in values.items():
+        try:
+            settings_class(**{name: value})
+        except ValidationError:
+            continue
+        except SplitwiseError:
+            return given[name].origin
+    return None
 
 
 def _explain(error: Any, fields: Mapping[str, SettingField], given: Mapping[str, Given]) -> str:

@@ -12,6 +12,7 @@ import click
 import pytest
 from pydantic import BaseModel, Field
 
+from kv_transfer.errors import PoolUnavailable
 from splitwise_sched.cli import verbs
 from splitwise_sched.cli.main import main
 from splitwise_sched.cli.options import settings_command
@@ -38,6 +39,7 @@ def toy(settings: ToySettings, failure: str) -> int:
         "runtime": QueueFull(5, 5, 1.0),
         "other": OtherError("the other side left: start it again"),
         "interrupt": KeyboardInterrupt(),
+        "transfer": PoolUnavailable(1 << 50, "out of memory"),
         "bug": ZeroDivisionError("division by zero"),
         "torch": ModuleNotFoundError("No module named 'torch'", name="torch"),
         "uvicorn": ModuleNotFoundError("No module named 'uvicorn'", name="uvicorn"),
@@ -137,6 +139,7 @@ def test_wrong_usage_is_one_paragraph_and_exit_code_2(
     [
         ("runtime", 1, "error: the queue holds 5 requests"),
         ("other", 7, "error: the other side left: start it again\n"),
+        ("transfer", 1, "error: cannot allocate a KV pool"),
         ("bug", 1, "error: ZeroDivisionError: division by zero (at "),
         ("interrupt", 130, ""),
     ],

@@ -129,7 +129,7 @@ def test_several_classes_take_their_own_fields_from_one_set_of_values() -> None:
         ({"fast": "maybe"}, "--fast is 'maybe': it must be true or false"),
         ({"ports": "1,x"}, "--ports is '1,x': it must be a whole number, or several with commas between them"),
         ({"name": "bad"}, "--name is 'bad': this name is taken: choose another"),
-        ({"name": "id"}, "name 'id' is not usable: give letters"),
+        ({"name": "id"}, "--name: name 'id' is not usable: give letters"),
         ({"name": "long"}, "--name is 'long': string should have at most 3 characters"),
         ({"fast": "true", "num_blocks": "2"}, "--fast needs --num-blocks 4 or more"),
         ({"model": None}, "--model is missing: give --model TEXT, or set SPLITWISE_MODEL"),
