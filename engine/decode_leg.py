@@ -120,7 +120,7 @@ class DecodeLeg:
             except MalformedHandover as exc:
                 self._steps.give_back(run.request.request_id, run.epoch, str(exc), retry=True)
         elif run.over is None and isinstance(event, TransferFailed):
-            why = f"KV transfer from prefill failed: {event.reason}"
+            why = f"KV transfer from {event.peer or 'prefill'} failed: {event.reason}"
             self._steps.give_back(run.request.request_id, run.epoch, why, retry=True)
         self._engine.abort(key)
         del self.runs[key]
@@ -132,8 +132,8 @@ class DecodeLeg:
         run.stats = {
             "lane": event.stats.lane,
             "kv_bytes": event.stats.num_bytes,
-            "transfer_ms": round(1000 * max(0.0, event.stats.seconds - handover.prefill_s), 3),
-            "receive_ms": round(1000 * event.stats.seconds, 3),
+            # Both sides were assigned at the same time: what is left beside prefill is waiting for blocks and bytes.
+            "transfer_ms": max(0.0, round(_ms_since(run.started_at) - 1000 * handover.prefill_s, 3)),
             "prefill_ms": round(1000 * handover.prefill_s, 3),
         }
         self._engine.commit(key, handover.first)

@@ -97,7 +97,7 @@ class PrefillLeg:
         self._has_first_token(run)
         self._engine.abort(event.transfer_id)
         if run.over is None and isinstance(event, TransferFailed):
-            why = f"KV transfer to decode failed: {event.reason}"
+            why = f"KV transfer to {event.peer or 'decode'} failed: {event.reason}"
             self._returns.give_back(run.request.request_id, run.epoch, why, retry=True)
 
     def drop(self, key: str, reason: str) -> None:

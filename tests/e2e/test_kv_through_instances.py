@@ -1,0 +1,152 @@
+"""Two instances in one process, real messengers between them: tokens and KV bytes arrive as they left."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from engine.port import BlocksReady, EngineDriver, EngineEvent, TokensOut
+from engine.runner import Runner, RunnerOptions
+from engine.testing import make_tiny_model
+from engine.transformers import TransformersOptions, create
+from kv_transfer.options import TransferOptions
+from splitwise_sched.frontend import FrontEnd
+from splitwise_sched.settings import SchedulerSettings
+from splitwise_sched.types import Role
+from tests.e2e.reference import generate
+from tests.engine_drivers import greedy, random_prompt
+
+REQUESTS = [greedy(random_prompt(length), 24) for length in (1, 15, 16, 17, 64, 65, 130, 300, 400)]
+Checksums = dict[tuple[int, int], int]
+
+
+class Watched:
+    """A runner whose engine's KV is looked at: when its blocks are reported, and when it goes on with what came."""
+
+    def __init__(self, role: Role, path: Path, settings: SchedulerSettings, transport: str) -> None:
+        options = TransformersOptions(
+            model=str(path), served_model_name="tiny", role=role, num_blocks=150, max_num_batched_tokens=64,
+            num_threads=1,
+        )  # fmt: skip
+        self.engine: EngineDriver = create(options)
+        self.reported: dict[str, Checksums] = {}
+        self.reports: dict[str, int] = {}
+        self.committed: dict[str, Checksums] = {}
+        self.damage: tuple[str, int, int] | None = None
+        self._tables: dict[str, tuple[int, ...]] = {}
+        self._step, self._commit, self._reserve = self.engine.step, self.engine.commit, self.engine.reserve
+        self.engine.step, self.engine.commit = self._watched_step, self._watched_commit  # type: ignore[method-assign]
+        self.engine.reserve = self._watched_reserve  # type: ignore[method-assign]
+        transfer = TransferOptions(protocols=(transport,))
+        self.runner = Runner(self.engine, settings, transfer, RunnerOptions(name=role.value, role=role))
+        self.thread = threading.Thread(target=self.runner.run)
+
+    def checksums(self, block_ids: tuple[int, ...], first_index: int = 0) -> Checksums:
+        (pool,) = self.engine.kv_pools
+        return {
+            (layer, first_index + i): zlib.crc32(pool.block_view(block_id, layer).tobytes())
+            for i, block_id in enumerate(block_ids)
+            for layer in range(pool.layout.num_layers)
+        }
+
+    def _watched_step(self) -> list[EngineEvent]:
+        events = self._step()
+        for event in events:
+            if isinstance(event, BlocksReady):
+                self.reports[event.key] = self.reports.get(event.key, 0) + 1
+                sums = self.checksums(event.block_ids, event.first_index)
+                self.reported.setdefault(event.key, {}).update(sums)
+        return events
+
+    def _watched_reserve(self, key, request):
+        block_ids = self._reserve(key, request)
+        if block_ids is not None:
+            self._tables[key] = block_ids
+        return block_ids
+
+    def _watched_commit(self, key: str, first: TokensOut) -> None:
+        if self.damage is not None and self.damage[0] == key:
+            _, layer, index = self.damage
+            self.engine.kv_pools[0].block_view(self._tables[key][index], layer)[:] = 0
+        self.committed[key] = self.checksums(self._tables[key])
+        self._commit(key, first)
+
+    def start(self) -> None:
+        self.runner.start()
+        self.thread.start()
+
+    def close(self) -> None:
+        self.runner.stop()
+        if self.thread.is_alive():
+            self.thread.join(10)
+        self.runner.close()
+        self.engine.close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> dict[str, list[int]]:
+    tokens = generate(model, REQUESTS)
+    assert len({t for output in tokens.values() for t in output}) > 100, "too uniform to tell anything"
+    return tokens
+
+
+@pytest.fixture(params=["shm", "tcp"])
+def pair(request: pytest.FixtureRequest, model: Path, redis_server, topic: str) -> Iterator[tuple[Watched, Watched]]:
+    settings = SchedulerSettings(
+        scheduler_host=redis_server.host, scheduler_port=redis_server.port, scheduler_topic=topic
+    )
+    both = [Watched(role, model, settings, request.param) for role in (Role.PREFILL, Role.DECODE)]
+    try:
+        for one in both:
+            one.start()
+        yield both[0], both[1]
+    finally:
+        for one in both:
+            one.close()
+
+
+async def answers_of(settings: SchedulerSettings) -> tuple[dict[str, list[int]], dict[str, dict[str, str]]]:
+    async with FrontEnd(settings) as frontend:
+
+        async def answer(request) -> list[int]:
+            return [t async for output in await frontend.submit(request) for t in output.token_ids]
+
+        answers = await asyncio.wait_for(asyncio.gather(*map(answer, REQUESTS)), 60)
+        records = {r.request_id: dict(await frontend.request_record(r.request_id)) for r in REQUESTS}
+    return {r.request_id: a for r, a in zip(REQUESTS, answers, strict=True)}, records
+
+
+async def test_tokens_equal_generate_and_kv_bytes_arrive_by_layer_and_block(pair, expected):
+    prefill, decode = pair
+    answers, records = await answers_of(prefill.runner._settings)
+    assert answers == expected
+    assert prefill.reported == decode.committed
+    assert prefill.reports["r400@1"] > 3, "blocks were reported only at the end of prefill"
+    lane = prefill.runner.ranks._messengers[0]._options.protocols[0]
+    assert {r["lane"] for r in records.values()} == {lane}
+    block_bytes = decode.engine.kv_layout.block_bytes
+    assert records["r400"]["kv_bytes"] == str(400 // 16 * block_bytes)
+    assert [one.engine.load().num_free_blocks for one in pair] == [150, 150]
+
+
+async def test_one_block_zeroed_in_one_layer_on_its_way_is_seen_in_tokens_and_checksums(pair, expected):
+    prefill, decode = pair
+    decode.damage = ("r64@1", 1, 2)
+    answers, _ = await answers_of(prefill.runner._settings)
+    different = {key for key in answers if answers[key] != expected[key]}
+    assert different == {"r64"}
+    sent, arrived = prefill.reported["r64@1"], decode.committed["r64@1"]
+    assert [place for place in sent if sent[place] != arrived[place]] == [(1, 2)]
