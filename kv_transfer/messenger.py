@@ -42,8 +42,8 @@ class Messenger:
 
     Life of a transfer on the source: ``open_send``, ``send_blocks`` as chunks are computed, ``finish_send``, then
     ``poll`` yields Sent or TransferFailed. On the destination: ``open_receive``, then Received or TransferFailed. The
-    two sides may come in either order. Exactly one final event per transfer and side; until it was polled the blocks
-    belong to the transfer.
+    two sides may come in either order; an id is used once. Exactly one final event per transfer and side; until it was
+    polled the blocks belong to the transfer.
 
     All methods return at once and may be called from any one thread; the work is done in threads of the messenger.
     Whoever made it closes it, before the pool.

@@ -70,6 +70,7 @@ class Peer:
         self._last_ping = now
         self._options, self._control, self._counters = options, control, counters
         self._reasons: list[str] = []
+        self._outbox: list[Message] = []
         self._candidates = [t for t in transports if self._can_reach(t)]
         if not self._candidates:
             raise TransportFailed(self._no_lane())
@@ -78,15 +79,18 @@ class Peer:
         self._hello = greet(own, endpoint)
         self.key = control.connect(endpoint.host, endpoint.control_port)
         control.watch(self.key, endpoint.process)
-        self.tell(self._hello)
+        self._send(self._hello)
 
     @property
     def name(self) -> str:
         return self.endpoint.describe()
 
     def tell(self, message: Message) -> None:
-        """What cannot be sent is lost; the peer's silence then ends it."""
-        self._control.tell_peer(self.key, encode(message))
+        """Say something about a transfer, as soon as the source lets us; what cannot be sent is lost."""
+        if self.state in (PeerState.GREETING, PeerState.PROVING):
+            self._outbox.append(message)
+        else:
+            self._send(message)
 
     def welcome(self, message: Welcome) -> str | None:
         """The source has answered; why that is not good, or None."""
@@ -95,7 +99,7 @@ class Peer:
             return "it greets twice"
         if not is_proof(message.proof, secret, "source", self._hello, challenge):
             return "the peers do not share the same transfer secret"
-        self.tell(Prove(proof(secret, "destination", self._hello, challenge)))
+        self._send(Prove(proof(secret, "destination", self._hello, challenge)))
         self.state = PeerState.PROVING
         return None
 
@@ -105,6 +109,9 @@ class Peer:
             return "it lets us in unasked"
         self._data_token = message.data_token
         self.state = PeerState.LINKING
+        for said in self._outbox:
+            self._send(said)
+        self._outbox.clear()
         return self._open_next_link()
 
     def link_up(self) -> None:
@@ -130,7 +137,7 @@ class Peer:
         """Show the source that we live, if it is time."""
         if now - self._last_ping >= self._options.heartbeat_s and self.state is PeerState.UP:
             self._last_ping = now
-            self.tell(Ping())
+            self._send(Ping())
 
     def pump(self) -> None:
         """Fetch what may be fetched now."""
@@ -143,6 +150,10 @@ class Peer:
         """Let go of the control connection; the link is its owner's to close."""
         self._control.unwatch(self.key)
         self._control.disconnect(self.key)
+
+    def _send(self, message: Message) -> None:
+        # What gets lost here ends with the peer's silence.
+        self._control.tell_peer(self.key, encode(message))
 
     def _can_reach(self, transport: Transport) -> bool:
         if transport.name not in self.endpoint.transports:

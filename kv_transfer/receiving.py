@@ -77,7 +77,7 @@ class ReceiveTransfer:
             return []
         leg.reserved, leg.lane = True, lane
         left_ms = max(0, int((self._deadline - now) * 1000))
-        return [Tell(leg.peer, Reserve(token, self.transfer_id, len(self._block_ids), lane, left_ms))]
+        return [Tell(leg.peer, self._reservation(leg, left_ms))]
 
     def blocks(self, token: Token, first_index: int, src_ids: IntArray) -> list[Effect]:
         """A source rank has completed blocks."""
@@ -139,9 +139,11 @@ class ReceiveTransfer:
         self._failure = TransferFailed(self.transfer_id, reason, peer)
         effects: list[Effect] = []
         for leg in self.legs.values():
-            if leg.reserved:
-                effects.append(Tell(leg.peer, Abort(leg.token, reason)))
-            effects.append(Cancel(leg.peer, leg.token))
+            if not leg.reserved:
+                # The source knows nothing of us yet, and would wait for us until its deadline.
+                leg.reserved = True
+                effects.append(Tell(leg.peer, self._reservation(leg, int(self._deadline_s * 1000))))
+            effects += [Tell(leg.peer, Abort(leg.token, reason)), Cancel(leg.peer, leg.token)]
         return effects
 
     def cancelled(self, token: Token) -> list[Effect]:
@@ -150,7 +152,7 @@ class ReceiveTransfer:
         if self._failure is None or leg.cancelled:
             return []
         leg.cancelled = True
-        effects: list[Effect] = [Tell(leg.peer, Drained(token))] if leg.reserved else []
+        effects: list[Effect] = [Tell(leg.peer, Drained(token))]
         if all(x.cancelled for x in self.legs.values()):
             effects.append(Report(self._failure))
         return effects
@@ -161,6 +163,9 @@ class ReceiveTransfer:
             return []
         waiting = sorted(leg.name for leg in self.legs.values() if not leg.confirmed)
         return self.abort(f"the deadline of {self._deadline_s:g} s has passed", ", ".join(waiting))
+
+    def _reservation(self, leg: Leg, left_ms: int) -> Reserve:
+        return Reserve(leg.token, self.transfer_id, len(self._block_ids), leg.lane, left_ms)
 
     def _check_applied(self, leg: Leg) -> list[Effect]:
         if leg.aux is None or leg.applied or leg.num_fetched != len(self._block_ids):

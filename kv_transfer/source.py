@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from kv_transfer.control import ControlChannel
 from kv_transfer.counters import Counters
 from kv_transfer.effects import Allow, Effect, Forget, PeerKey, Report, Revoke, Tell, Token
 from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.errors import ProtocolError
-from kv_transfer.events import Sent, TransferEvent
+from kv_transfer.events import Sent, TransferEvent, TransferFailed
 from kv_transfer.handshake import examine, is_proof, new_challenge, process_of, proof, refuse_version
 from kv_transfer.layout import KVLayout
 from kv_transfer.leases import LeaseTable
@@ -44,6 +46,8 @@ log = logging.getLogger("kv_transfer")
 # Destinations that have said Hello and have not proved anything yet, and the time they have for it.
 MAX_STRANGERS = 1024
 STRANGER_TIMEOUT_S = 5.0
+# Transfers that ended on one side before the other had come to it, remembered so that it is told so at once.
+MAX_REMEMBERED = 16384
 # A destination hangs up after less than this without a transfer; zmq does not tell us.
 SESSION_IDLE_S = 900.0
 
@@ -97,6 +101,8 @@ class SourceSide:
         self._sends: dict[str, SendTransfer] = {}
         self._by_token: dict[Token, str] = {}
         self._early: dict[Token, EarlyReservation] = {}
+        self._ended: OrderedDict[str, str] = OrderedDict()
+        self._given_up: OrderedDict[str, tuple[str, str]] = OrderedDict()
         self._revoking: dict[Token, set[Transport]] = {}
         self._unreachable: list[PeerKey] = []
 
@@ -110,6 +116,7 @@ class SourceSide:
         return bool(self._sends or self._early or any(s.data_token is None for s in self._sessions.values()))
 
     def open(self, transfer_id: str, num_blocks: int, deadline_s: float, now: float) -> None:
+        self._ended.pop(transfer_id, None)
         self._sends[transfer_id] = SendTransfer(
             transfer_id, num_blocks, now=now, deadline_s=deadline_s, drain_s=self._options.drain_s
         )
@@ -117,6 +124,8 @@ class SourceSide:
             if early.reserve.transfer_id == transfer_id:
                 del self._early[token]
                 self._reserve(self._sessions[early.session], early.reserve, now)
+        if transfer_id in self._given_up:
+            self.abort(transfer_id, *self._given_up.pop(transfer_id), now)
 
     def offer(self, transfer_id: str, first_index: int, block_ids: IntArray) -> None:
         if transfer_id in self._sends:
@@ -245,6 +254,8 @@ class SourceSide:
             return
         if reserve.transfer_id in self._sends:
             self._reserve(session, reserve, now)
+        elif reserve.transfer_id in self._ended:
+            self._tell(session.key, Abort(reserve.token, self._ended[reserve.transfer_id]))
         elif len(self._early) >= self._options.max_inflight:
             self._tell(session.key, Abort(reserve.token, "too many reservations wait for transfers at the source"))
         else:
@@ -278,8 +289,12 @@ class SourceSide:
         token, transfer_id = message.token, self._by_token.get(message.token)
         if transfer_id is None or token not in session.tokens:
             # Its transfer has ended here, or waits for its source; a stranger's token looks the same.
-            if token in session.tokens:
+            early = self._early.get(token) if token in session.tokens else None
+            if early is not None:
                 self._drop_early(token)
+                reason = message.reason if isinstance(message, Abort) else "it broke the protocol"
+                self._given_up[early.reserve.transfer_id] = f"the destination gave up: {reason}", session.name
+                _forget_oldest(self._given_up)
             if isinstance(message, Applied):
                 self._tell(session.key, Abort(token, "the source has given this transfer up"))
             elif isinstance(message, Abort):
@@ -317,6 +332,8 @@ class SourceSide:
                 self._counters.add(f"bytes_sent_{receiver.lane}", receiver.bytes_per_block * transfer.num_blocks)
         else:
             self._counters.add("send_failed_total")
+        self._ended[transfer_id] = event.reason if isinstance(event, TransferFailed) else "it was sent to another peer"
+        _forget_oldest(self._ended)
         for token in transfer.receivers:
             self._release(token)
         self._report(event)
@@ -349,3 +366,8 @@ class SourceSide:
         if key in self._sessions and not self._control.tell_session(key, encode(message)):
             # Not at once: a machine is in the middle of saying what it wants.
             self._unreachable.append(key)
+
+
+def _forget_oldest(remembered: OrderedDict[str, Any]) -> None:
+    while len(remembered) > MAX_REMEMBERED:
+        remembered.popitem(last=False)

@@ -1,0 +1,272 @@
+"""One rank for transfer tests: a pool whose every byte is known, and a messenger; in this process or in one of its own.
+
+As a program it serves one rank: commands as JSON lines on stdin, answers on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from kv_transfer import (
+    KVLayout,
+    KVPool,
+    Messenger,
+    RankEndpoint,
+    Received,
+    Sent,
+    TransferEvent,
+    TransferFailed,
+    TransferOptions,
+    TransferStats,
+)
+
+WAIT_S = 60.0
+LAYOUT = KVLayout("transformers", "tiny", "float32", 3, 2, 8, 4, 257)
+
+
+def pattern(layout: KVLayout, seed: int) -> np.ndarray:
+    """What a pool filled with ``seed`` holds: uint8 [num_blocks, block_bytes]."""
+    shape = (layout.num_blocks, layout.block_bytes)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def differing(layout: KVLayout, got: np.ndarray, wanted: np.ndarray) -> list[tuple[int, int]]:
+    """Every (layer, block) of which some byte differs; both arrays are [blocks, block_bytes]."""
+    by_layer = (got != wanted).reshape(len(got), layout.num_layers, layout.layer_block_bytes).any(axis=2)
+    return [(int(layer), int(block)) for block, layer in zip(*np.nonzero(by_layer), strict=True)]
+
+
+class LocalRank:
+    """A rank in this process; closes what it owns."""
+
+    def __init__(self, layout: KVLayout, options: TransferOptions, name: str, seed: int = 0) -> None:
+        self.layout = layout
+        self.pool = KVPool.allocate(layout)
+        self.view = self.pool.as_array()
+        self.fill(seed)
+        self._news = threading.Event()
+        self._ended: dict[str, TransferEvent] = {}
+        self.messenger = Messenger(self.pool, options, name=name, on_event=self._news.set)
+        self.messenger.start()
+        self.endpoint = self.messenger.endpoint
+
+    def fill(self, seed: int) -> None:
+        self.view[:] = pattern(self.layout, seed)
+
+    def open_send(self, transfer_id: str, num_blocks: int, deadline_s: float = WAIT_S) -> None:
+        self.messenger.open_send(transfer_id, num_blocks=num_blocks, deadline_s=deadline_s)
+
+    def send_blocks(self, transfer_id: str, first_index: int, block_ids: Sequence[int]) -> None:
+        self.messenger.send_blocks(transfer_id, first_index, block_ids)
+
+    def finish_send(self, transfer_id: str, aux: bytes = b"") -> None:
+        self.messenger.finish_send(transfer_id, aux)
+
+    def send(self, transfer_id: str, block_ids: Sequence[int], aux: bytes = b"", deadline_s: float = WAIT_S) -> None:
+        """A whole send, in one chunk."""
+        self.open_send(transfer_id, len(block_ids), deadline_s)
+        self.send_blocks(transfer_id, 0, block_ids)
+        self.finish_send(transfer_id, aux)
+
+    def receive(
+        self, transfer_id: str, source: Sequence[RankEndpoint], block_ids: Sequence[int], deadline_s: float = WAIT_S
+    ) -> None:
+        self.messenger.open_receive(transfer_id, source, block_ids, deadline_s=deadline_s)
+
+    def abort(self, transfer_id: str, reason: str) -> None:
+        self.messenger.abort(transfer_id, reason)
+
+    def wait(self, transfer_id: str, timeout_s: float = WAIT_S) -> TransferEvent:
+        """The transfer's one event; a second one for the same id fails the test."""
+        until = time.monotonic() + timeout_s
+        while transfer_id not in self._ended:
+            self._news.clear()
+            for event in self.messenger.poll():
+                assert event.transfer_id not in self._ended, f"a second event: {event}"
+                self._ended[event.transfer_id] = event
+            if transfer_id in self._ended:
+                break
+            left = until - time.monotonic()
+            assert left > 0, f"no event for {transfer_id} within {timeout_s} s"
+            self._news.wait(min(left, 1.0))
+        return self._ended.pop(transfer_id)
+
+    def counters(self) -> dict[str, float]:
+        return dict(self.messenger.counters())
+
+    def close(self) -> None:
+        self.messenger.close()
+        self.pool.close()
+
+
+class RemoteRank:
+    """The same in a process of its own, which can be stopped and killed; ``view`` is its pool, read-only."""
+
+    def __init__(self, layout: KVLayout, options: TransferOptions, name: str, seed: int = 0) -> None:
+        self.layout = layout
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.kv_rank"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
+        started = self._call(layout=layout.to_dict(), options=asdict(options), name=name, seed=seed)
+        self.endpoint = RankEndpoint.from_dict(started["endpoint"])
+        fd = os.open(f"/proc/{self._process.pid}/fd/{started['fd']}", os.O_RDONLY)
+        mapping = mmap.mmap(fd, layout.pool_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        os.close(fd)
+        self.view = np.frombuffer(mapping, np.uint8).reshape(layout.num_blocks, layout.block_bytes)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def fill(self, seed: int) -> None:
+        self._call(do="fill", seed=seed)
+
+    def open_send(self, transfer_id: str, num_blocks: int, deadline_s: float = WAIT_S) -> None:
+        self._call(do="open_send", args=[transfer_id, num_blocks, deadline_s])
+
+    def send_blocks(self, transfer_id: str, first_index: int, block_ids: Sequence[int]) -> None:
+        self._call(do="send_blocks", args=[transfer_id, first_index, [int(b) for b in block_ids]])
+
+    def finish_send(self, transfer_id: str, aux: bytes = b"") -> None:
+        self._call(do="finish_send", args=[transfer_id], aux=aux.hex())
+
+    def send(self, transfer_id: str, block_ids: Sequence[int], aux: bytes = b"", deadline_s: float = WAIT_S) -> None:
+        self.open_send(transfer_id, len(block_ids), deadline_s)
+        self.send_blocks(transfer_id, 0, block_ids)
+        self.finish_send(transfer_id, aux)
+
+    def receive(
+        self, transfer_id: str, source: Sequence[RankEndpoint], block_ids: Sequence[int], deadline_s: float = WAIT_S
+    ) -> None:
+        endpoints = [e.to_dict() for e in source]
+        self._call(do="receive", args=[transfer_id, [int(b) for b in block_ids], deadline_s], source=endpoints)
+
+    def abort(self, transfer_id: str, reason: str) -> None:
+        self._call(do="abort", args=[transfer_id, reason])
+
+    def wait(self, transfer_id: str, timeout_s: float = WAIT_S) -> TransferEvent:
+        answer = self._call(do="wait", args=[transfer_id, timeout_s])
+        kind, data = answer["kind"], answer["data"]
+        if kind == "TransferFailed":
+            return TransferFailed(**data)
+        data["stats"] = TransferStats(**data["stats"])
+        if kind == "Sent":
+            return Sent(**data)
+        return Received(data["transfer_id"], bytes.fromhex(data["aux"]), data["stats"])
+
+    def counters(self) -> dict[str, float]:
+        return dict(self._call(do="counters")["counters"])
+
+    def stop(self) -> None:
+        """SIGSTOP; returns when every thread stands still."""
+        os.kill(self.pid, signal.SIGSTOP)
+        until = time.monotonic() + WAIT_S
+        while not all(state == "T" for state in self._thread_states()):
+            assert time.monotonic() < until
+            time.sleep(0.002)
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait(WAIT_S)
+
+    def close(self) -> None:
+        """Ask it to end, and see that it does so cleanly; after ``kill`` nothing is asked."""
+        if self._process.poll() is None:
+            self.resume()
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            try:
+                code = self._process.wait(WAIT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                raise
+            assert code == 0, f"the rank's process ended with {code}"
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def _call(self, **command: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, "the rank's process has ended"
+        answer: dict[str, Any] = json.loads(line)
+        assert "error" not in answer, answer["error"]
+        return answer
+
+    def _thread_states(self) -> list[str]:
+        states = []
+        for task in os.listdir(f"/proc/{self.pid}/task"):
+            with open(f"/proc/{self.pid}/task/{task}/stat", encoding="utf-8") as file:
+                states.append(file.read().rpartition(")")[2].split()[0])
+        return states
+
+
+def _serve() -> None:
+    def read() -> dict[str, Any] | None:
+        line = sys.stdin.readline()
+        return json.loads(line) if line else None
+
+    def answer(**data: Any) -> None:
+        print(json.dumps(data), flush=True)
+
+    first = read()
+    if first is None:
+        return
+    options = TransferOptions(**{**first["options"], "protocols": tuple(first["options"]["protocols"])})
+    rank = LocalRank(KVLayout.from_dict(first["layout"]), options, first["name"], first["seed"])
+    answer(endpoint=rank.endpoint.to_dict(), fd=rank.pool.fd)
+    while (command := read()) is not None:
+        try:
+            answer(**_do(rank, command))
+        except Exception as exc:
+            answer(error=f"{type(exc).__name__}: {exc}")
+    rank.close()
+    left = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
+    assert not left, f"threads left behind: {left}"
+
+
+def _do(rank: LocalRank, command: dict[str, Any]) -> dict[str, Any]:
+    what, args = command["do"], command.get("args", [])
+    if what == "fill":
+        rank.fill(command["seed"])
+    elif what == "receive":
+        transfer_id, block_ids, deadline_s = args
+        rank.receive(transfer_id, [RankEndpoint.from_dict(e) for e in command["source"]], block_ids, deadline_s)
+    elif what == "finish_send":
+        rank.finish_send(args[0], bytes.fromhex(command["aux"]))
+    elif what == "wait":
+        event = rank.wait(*args)
+        data = asdict(event)
+        if isinstance(event, Received):
+            data["aux"] = event.aux.hex()
+        return {"kind": type(event).__name__, "data": data}
+    elif what == "counters":
+        return {"counters": rank.counters()}
+    else:
+        getattr(rank, what)(*args)
+    return {}
+
+
+if __name__ == "__main__":
+    _serve()

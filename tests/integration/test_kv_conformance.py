@@ -1,0 +1,278 @@
+"""What every registered transport must do, between separate processes: one suite, run on each of them unasked."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from kv_transfer import (
+    KVLayout,
+    KVPool,
+    Messenger,
+    Received,
+    Sent,
+    TransferFailed,
+    TransferOptions,
+    TransportFailed,
+)
+from kv_transfer.transports.registry import installed_transports
+from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, RemoteRank, differing, pattern
+
+MakeRemote = Callable[..., RemoteRank]
+MakeLocal = Callable[..., LocalRank]
+
+
+@pytest.fixture(params=installed_transports())
+def options(request: pytest.FixtureRequest) -> TransferOptions:
+    """Options with one transport only; skips the ones that this host cannot run."""
+    chosen = TransferOptions(protocols=(request.param,), secret="a secret")
+    with KVPool.allocate(LAYOUT) as pool:
+        probe = Messenger(pool, chosen, name="probe")
+        try:
+            probe.start()
+        except TransportFailed as exc:
+            pytest.skip(f"{request.param} does not run here: {exc}")
+        finally:
+            probe.close()
+    return chosen
+
+
+@pytest.fixture
+def remote() -> Iterator[MakeRemote]:
+    made: list[RemoteRank] = []
+
+    def make(layout: KVLayout, options: TransferOptions, name: str, seed: int = 0) -> RemoteRank:
+        made.append(RemoteRank(layout, options, name, seed))
+        return made[-1]
+
+    yield make
+    for rank in made:
+        rank.close()
+
+
+@pytest.fixture
+def local() -> Iterator[MakeLocal]:
+    made: list[LocalRank] = []
+
+    def make(layout: KVLayout, options: TransferOptions, name: str, seed: int = 0) -> LocalRank:
+        made.append(LocalRank(layout, options, name, seed))
+        return made[-1]
+
+    yield make
+    for rank in made:
+        rank.close()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """For bytes that show up in a pool: nothing announces them before the transfer's end."""
+    until = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until, "it does not happen"
+        time.sleep(0.002)
+
+
+def some_ids(rng: random.Random, layout: KVLayout, count: int) -> list[int]:
+    """Scattered ids with some stretches of neighbours, in random order."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        start, length = rng.randrange(layout.num_blocks), rng.randrange(1, 6)
+        chosen += [b for b in range(start, min(start + length, layout.num_blocks)) if b not in chosen]
+    return chosen[:count]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_byte_arrives_and_no_other_byte_changes(
+    options: TransferOptions, remote: MakeRemote, local: MakeLocal, seed: int
+) -> None:
+    rng = random.Random(seed)
+    source = remote(LAYOUT, options, "prefill", seed=1)
+    destination = local(LAYOUT, options, "decode", seed=2)
+    src_ids, dst_ids = some_ids(rng, LAYOUT, 120), some_ids(rng, LAYOUT, 120)
+    wanted = pattern(LAYOUT, 2)
+    wanted[dst_ids] = pattern(LAYOUT, 1)[src_ids]
+    destination.receive("r@1", [source.endpoint], dst_ids)
+    source.send("r@1", src_ids, aux=b"\x00first token")
+    received = destination.wait("r@1")
+    assert isinstance(received, Received)
+    assert received.aux == b"\x00first token"
+    assert received.stats.lane == options.protocols[0]
+    assert received.stats.num_bytes == 120 * LAYOUT.block_bytes
+    assert differing(LAYOUT, destination.view, wanted) == []
+    sent = source.wait("r@1")
+    assert isinstance(sent, Sent)
+    assert sent.stats.num_bytes == received.stats.num_bytes
+    assert destination.counters()[f"bytes_received_{options.protocols[0]}"] == received.stats.num_bytes
+
+
+def test_a_block_zeroed_in_one_layer_on_its_way_is_seen_by_the_comparison(
+    options: TransferOptions, remote: MakeRemote, local: MakeLocal
+) -> None:
+    source = local(LAYOUT, options, "prefill", seed=1)
+    destination = remote(LAYOUT, options, "decode", seed=2)
+    source.send("r@1", list(range(100)))
+    source.pool.block_view(17, 2)[:] = 0
+    destination.receive("r@1", [source.endpoint], list(range(100, 200)))
+    assert isinstance(destination.wait("r@1"), Received)
+    wanted = pattern(LAYOUT, 2)
+    wanted[100:200] = pattern(LAYOUT, 1)[:100]
+    assert differing(LAYOUT, destination.view, wanted) == [(2, 117)]
+
+
+@pytest.mark.parametrize("order", ["reserve first", "reserve in between", "reserve last"])
+def test_chunks_arrive_before_and_after_the_reservation(
+    options: TransferOptions, remote: MakeRemote, local: MakeLocal, order: str
+) -> None:
+    rng = random.Random(order)
+    source, destination = local(LAYOUT, options, "prefill", 3), remote(LAYOUT, options, "decode", 4)
+    src_ids, dst_ids = some_ids(rng, LAYOUT, 50), some_ids(rng, LAYOUT, 50)
+    if order == "reserve first":
+        destination.receive("r@1", [source.endpoint], dst_ids)
+    source.open_send("r@1", 50)
+    # Chunks need not come in order of their indices.
+    for number, first in enumerate((10, 0, 30, 20, 40)):
+        if order == "reserve in between" and number == 2:
+            destination.receive("r@1", [source.endpoint], dst_ids)
+        source.send_blocks("r@1", first, src_ids[first : first + 10])
+    source.finish_send("r@1")
+    if order == "reserve last":
+        destination.receive("r@1", [source.endpoint], dst_ids)
+    assert isinstance(destination.wait("r@1"), Received)
+    assert isinstance(source.wait("r@1"), Sent)
+    wanted = pattern(LAYOUT, 4)
+    wanted[dst_ids] = source.view[src_ids]
+    assert differing(LAYOUT, destination.view, wanted) == []
+
+
+def test_blocks_move_while_later_ones_are_still_computed(
+    options: TransferOptions, remote: MakeRemote, local: MakeLocal
+) -> None:
+    source, destination = remote(LAYOUT, options, "prefill", 5), local(LAYOUT, options, "decode", 6)
+    destination.receive("r@1", [source.endpoint], list(range(40)))
+    source.open_send("r@1", 40)
+    source.send_blocks("r@1", 0, list(range(100, 120)))
+    wait_for(lambda: np.array_equal(destination.view[:20], source.view[100:120]))
+    source.send_blocks("r@1", 20, list(range(50, 70)))
+    source.finish_send("r@1")
+    assert isinstance(destination.wait("r@1"), Received)
+    assert differing(LAYOUT, destination.view[20:40], source.view[50:70]) == []
+
+
+def test_two_hundred_transfers_at_a_time_each_get_their_own_bytes(
+    options: TransferOptions, remote: MakeRemote, local: MakeLocal
+) -> None:
+    layout = KVLayout("transformers", "tiny", "float32", 2, 2, 8, 4, 1000)
+    source, destination = remote(layout, options, "prefill", 7), local(layout, options, "decode", 8)
+    rng = random.Random(0)
+    src_ids, dst_ids = list(range(1000)), list(range(1000))
+    rng.shuffle(src_ids)
+    rng.shuffle(dst_ids)
+    ids = [f"r{i}@1" for i in range(200)]
+    for i, transfer_id in enumerate(ids):
+        blocks = src_ids[5 * i : 5 * i + 5]
+        if i % 2:
+            source.send(transfer_id, blocks, aux=transfer_id.encode())
+        destination.receive(transfer_id, [source.endpoint], dst_ids[5 * i : 5 * i + 5])
+    for i, transfer_id in enumerate(ids):
+        if not i % 2:
+            source.send(transfer_id, src_ids[5 * i : 5 * i + 5], aux=transfer_id.encode())
+    for transfer_id in ids:
+        received = destination.wait(transfer_id)
+        assert isinstance(received, Received), received
+        assert received.aux == transfer_id.encode()
+    for transfer_id in ids:
+        assert isinstance(source.wait(transfer_id), Sent)
+    wanted = np.empty_like(destination.view)
+    wanted[dst_ids] = pattern(layout, 7)[src_ids]
+    assert differing(layout, destination.view, wanted) == []
+
+
+def test_blocks_larger_than_a_chunk_and_than_a_socket_buffer_arrive(
+    options: TransferOptions, remote: MakeRemote, local: MakeLocal
+) -> None:
+    layout = KVLayout("transformers", "tiny", "float32", 16, 8, 128, 16, 24)
+    assert layout.block_bytes == 2 << 20
+    small = TransferOptions(protocols=options.protocols, chunk_bytes=1 << 20, window_chunks=3, tcp_streams=2)
+    source, destination = remote(layout, small, "prefill", 1), local(layout, small, "decode", 2)
+    src_ids, dst_ids = [3, 4, 5, 1, 9, 20, 21, 22, 23], [0, 1, 2, 13, 12, 11, 6, 7, 8]
+    source.send("r@1", src_ids)
+    destination.receive("r@1", [source.endpoint], dst_ids)
+    assert isinstance(destination.wait("r@1"), Received)
+    assert differing(layout, destination.view[dst_ids], pattern(layout, 1)[src_ids]) == []
+    untouched = [b for b in range(24) if b not in dst_ids]
+    assert differing(layout, destination.view[untouched], pattern(layout, 2)[untouched]) == []
+
+
+@pytest.mark.parametrize(("src_tp", "dst_tp"), [(2, 1), (1, 2), (2, 2), (4, 2), (1, 4)])
+def test_tp_sizes_may_differ(options: TransferOptions, local: MakeLocal, src_tp: int, dst_tp: int) -> None:
+    heads, shape = 2, (30, 3, 2, 4, 2, 32)
+    model_kv = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+    def ranks(tp_size: int, name: str) -> list[LocalRank]:
+        layouts = (KVLayout("transformers", "m", "float32", 3, heads, 8, 4, 30, tp_size, r) for r in range(tp_size))
+        return [local(layout, options, name) for layout in layouts]
+
+    def shard(layout: KVLayout) -> np.ndarray:
+        part = model_kv[..., layout.first_head : layout.first_head + layout.num_rank_heads, :]
+        return np.ascontiguousarray(part).reshape(30, layout.block_bytes)
+
+    sources, destinations = ranks(src_tp, "prefill"), ranks(dst_tp, "decode")
+    rng = random.Random(1)
+    src_ids, dst_ids = rng.sample(range(30), 12), rng.sample(range(30), 12)
+    for source in sources:
+        source.view[:] = shard(source.layout)
+        source.send("r@1", src_ids, aux=b"token")
+    for rank in destinations:
+        rank.fill(9)
+        rank.receive("r@1", [s.endpoint for s in sources], dst_ids)
+    for rank in destinations:
+        received = rank.wait("r@1")
+        assert isinstance(received, Received), received
+        assert received.aux == b"token"
+        wanted = pattern(rank.layout, 9)
+        wanted[dst_ids] = shard(rank.layout)[src_ids]
+        assert differing(rank.layout, rank.view, wanted) == []
+    for source in sources:
+        assert isinstance(source.wait("r@1"), Sent)
+
+
+@pytest.mark.parametrize("who", ["source", "destination"])
+def test_an_abort_by_either_side_ends_both_and_leaves_other_transfers_alone(
+    options: TransferOptions, remote: MakeRemote, local: MakeLocal, who: str
+) -> None:
+    source, destination = remote(LAYOUT, options, "prefill", 1), local(LAYOUT, options, "decode", 2)
+    for transfer_id, first in (("req-1@1", 0), ("req-10@1", 100)):
+        source.open_send(transfer_id, 40)
+        source.send_blocks(transfer_id, 0, list(range(first, first + 20)))
+        destination.receive(transfer_id, [source.endpoint], list(range(first, first + 40)))
+    (source if who == "source" else destination).abort("req-1@1", "its user has left")
+    for side in (source, destination):
+        failed = side.wait("req-1@1")
+        assert isinstance(failed, TransferFailed)
+        assert "its user has left" in failed.reason
+    destination.view[:40] = 0xEE
+    source.send_blocks("req-10@1", 20, list(range(200, 220)))
+    source.finish_send("req-10@1")
+    assert isinstance(destination.wait("req-10@1"), Received)
+    assert isinstance(source.wait("req-10@1"), Sent)
+    wanted = pattern(LAYOUT, 1)
+    assert differing(LAYOUT, destination.view[100:140], wanted[[*range(100, 120), *range(200, 220)]]) == []
+    assert (destination.view[:40] == 0xEE).all(), "nothing is written after TransferFailed"
+
+
+@pytest.mark.parametrize("who", ["source", "destination"])
+def test_closing_a_messenger_fails_what_is_open_on_both_sides(
+    options: TransferOptions, local: MakeLocal, who: str
+) -> None:
+    source, destination = local(LAYOUT, options, "prefill", 1), local(LAYOUT, options, "decode", 2)
+    closed = source if who == "source" else destination
+    source.open_send("r@1", 4)
+    source.send_blocks("r@1", 0, [1, 2])
+    destination.receive("r@1", [source.endpoint], [1, 2, 3, 4])
+    wait_for(lambda: np.array_equal(destination.view[[1, 2]], source.view[[1, 2]]))
+    closed.messenger.close()
+    assert isinstance(destination.wait("r@1"), TransferFailed)
+    assert isinstance(source.wait("r@1"), TransferFailed)
