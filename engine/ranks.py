@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kv_transfer.messenger import Messenger
-
 from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.events import Received, Sent, TransferEvent, TransferFailed, TransferStats
 from kv_transfer.memory import KVPool
+from kv_transfer.messenger import Messenger
 from kv_transfer.options import TransferOptions
 
 

@@ -99,19 +99,7 @@ class Connection:
         try:
             info = await self._client.info("server")
             memory = await self._client.info("memory")
-            version = str(info.get("redis_version", "0"))
-            self.server = f"valkey {info['valkey_version']}" if "valkey_version" in info else f"redis {version}"
-            if _version_tuple(version) < MIN_VERSION:
-                raise StoreUnsuitable(
-                    f"the server at {self._address} is Redis {version}, but 6.2.0 or newer is needed: upgrade it, or "
-                    "run `splitwise-sched redis` for a private one"
-                )
-            policy = str(memory.get("maxmemory_policy", "noeviction"))
-            if policy != "noeviction":
-                raise StoreUnsuitable(
-                    f"the server at {self._address} has maxmemory-policy {policy!r}, under which queued requests can "
-                    "vanish: set maxmemory-policy noeviction there (conf/redis.conf is an example)"
-                )
+            self.server = check_server(info, str(memory.get("maxmemory_policy", "noeviction")), self._address)
             for text in self._texts.values():
                 await self._client.script_load(text)
             await self._client.hgetall(self.keys.counters)
@@ -261,8 +249,27 @@ def as_dict(reply: Any) -> dict[str, str]:
     return dict(zip(it, it, strict=False))
 
 
-def _version_tuple(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+def check_server(info: Mapping[str, Any], policy: str, address: str) -> str:
+    """Whether a server with this ``INFO server`` and eviction policy can carry the queue.
+
+    Returns:
+        Its name and version.
+    Raises:
+        StoreUnsuitable: too old, or it may evict keys.
+    """
+    version = str(info.get("redis_version", "0"))
+    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+    if numbers < MIN_VERSION:
+        raise StoreUnsuitable(
+            f"the server at {address} is Redis {version}, but 6.2.0 or newer is needed: upgrade it, or run "
+            "`splitwise-sched redis` for a private one"
+        )
+    if policy != "noeviction":
+        raise StoreUnsuitable(
+            f"the server at {address} has maxmemory-policy {policy!r}, under which queued requests can vanish: set "
+            "maxmemory-policy noeviction there (conf/redis.conf is an example)"
+        )
+    return f"valkey {info['valkey_version']}" if "valkey_version" in info else f"redis {version}"
 
 
 def _is_noscript(exc: ResponseError) -> bool:

@@ -45,7 +45,7 @@ async def first(condition: Callable[[], Awaitable[str | None]]) -> str:
     """The first thing that ``condition`` gives; it looks at other processes, so there is nothing to await."""
 
     async def poll() -> str:
-        while (found := await condition()) is None:
+        while (found := await condition()) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         return found
 

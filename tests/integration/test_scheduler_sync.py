@@ -1,0 +1,120 @@
+"""The scheduler in a serving loop that is no coroutine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from splitwise_sched.errors import IncompatibleInstance, StoreUnavailable
+from splitwise_sched.frontend import FrontEnd
+from splitwise_sched.records import DecodeAssigned, Dropped, LeaseLost, PrefillAssigned, Registration
+from splitwise_sched.settings import SchedulerSettings
+from splitwise_sched.sync import Instance
+from splitwise_sched.types import FinishReason, Output, Request, Role, SamplingParams
+from tests.integration.toy import settings_for, toy_answer, toy_token, until
+
+
+def registration(role: Role = Role.MIXED, **must_match: str) -> Registration:
+    return Registration("loop", role, "toy", must_match, 10_000, 64, 16, 4096)
+
+
+class Loop:
+    """A serving loop in a thread; ``go`` lets it come round, clearing it wedges the loop."""
+
+    def __init__(self, settings: SchedulerSettings) -> None:
+        self.wake, self.go, self.end = threading.Event(), threading.Event(), threading.Event()
+        self.go.set()
+        self.instance = Instance(settings, registration(), on_event=self.wake.set)
+        self.lost: list[LeaseLost] = []
+        self.thread = threading.Thread(target=self.run)
+
+    def __enter__(self) -> Loop:
+        self.instance.start()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.end.set()
+        self.go.set()
+        self.wake.set()
+        self.thread.join(10)
+        self.instance.close()
+
+    def run(self) -> None:
+        running: dict[tuple[str, int], tuple[Request, int]] = {}
+        while not self.end.is_set():
+            self.go.wait()
+            for event in self.instance.poll(room=4, load={"running": len(running)}):
+                if isinstance(event, PrefillAssigned):
+                    running[(event.request.request_id, event.epoch)] = (event.request, 0)
+                elif isinstance(event, Dropped):
+                    running.pop((event.request_id, event.epoch), None)
+                elif isinstance(event, LeaseLost):
+                    self.lost.append(event)
+                    running.clear()
+                else:
+                    assert isinstance(event, DecodeAssigned)
+            outputs = []
+            for (request_id, epoch), (request, index) in list(running.items()):
+                if index == 0:
+                    self.instance.step(request_id, epoch, {})
+                last = index + 1 == request.sampling.max_tokens
+                finish = FinishReason.LENGTH if last else None
+                outputs.append(Output(request_id, epoch, index, (toy_token(request, index),), finish_reason=finish))
+                running[(request_id, epoch)] = (request, index + 1)
+                if last:
+                    del running[(request_id, epoch)]
+            self.instance.publish(outputs)
+            if not running:
+                self.wake.wait(0.05)
+            self.wake.clear()
+
+
+async def ask(frontend: FrontEnd, request_id: str) -> None:
+    request = Request(request_id, "toy", (7, 8, 9), SamplingParams(max_tokens=20))
+    stream = await frontend.submit(request)
+    tokens = [t async for output in stream for t in output.token_ids]
+    assert tokens == toy_answer(request)
+
+
+async def test_loop_serves_requests_and_leaves_nothing_behind(redis_server, topic):
+    settings = settings_for(redis_server, topic)
+    async with FrontEnd(settings) as frontend:
+        with Loop(settings) as loop:
+            await asyncio.wait_for(asyncio.gather(*(ask(frontend, f"r{i}") for i in range(40))), 20)
+            assert loop.instance.server.startswith(("redis", "valkey"))
+        assert await frontend.store.live_instances() == []
+        assert not [t for t in threading.enumerate() if t.name == "splitwise-instance"]
+
+
+async def test_wedged_loop_loses_its_lease_and_its_work_goes_on_when_it_is_back(redis_server, topic):
+    settings = settings_for(redis_server, topic)
+    async with FrontEnd(settings) as frontend:
+        with Loop(settings) as loop:
+            old_id = loop.instance.instance_id
+            loop.go.clear()
+
+            async def gone() -> bool:
+                return await frontend.store.lacks_lease(old_id)
+
+            await until(gone)
+            loop.go.set()
+            await asyncio.wait_for(ask(frontend, "r0"), 20)
+            assert loop.lost and loop.instance.instance_id != old_id
+
+
+def test_start_that_fails_leaves_no_thread(redis_server, topic):
+    settings = settings_for(redis_server, topic)
+    first = Instance(settings, registration(dtype="a"))
+    first.start()
+    try:
+        with pytest.raises(IncompatibleInstance):
+            Instance(settings, registration(dtype="b")).start()
+    finally:
+        first.close()
+    nobody = settings.model_copy(update={"scheduler_port": 1})
+    with pytest.raises(StoreUnavailable):
+        Instance(nobody, registration()).start()
+    assert not [t for t in threading.enumerate() if t.name == "splitwise-instance"]
