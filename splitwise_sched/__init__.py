@@ -1,1 +1,64 @@
-"""Redis-backed global scheduler for prefill/decode disaggregated LLM inference."""
+"""Redis-backed global scheduler for prefill/decode disaggregated LLM inference.
+
+``FrontEnd`` submits requests and streams their outputs (asyncio); ``Instance`` is what a serving loop embeds,
+``InstanceSession`` the same for asyncio.
+"""
+
+from splitwise_sched.errors import (
+    ConfigError,
+    DuplicateRequest,
+    Fenced,
+    IncompatibleInstance,
+    InvalidRequest,
+    QueueFull,
+    RequestFailed,
+    SplitwiseError,
+    StoreUnavailable,
+    StoreUnsuitable,
+)
+from splitwise_sched.frontend import FrontEnd, OutputStream
+from splitwise_sched.instance import InstanceSession
+from splitwise_sched.records import (
+    DecodeAssigned,
+    Dropped,
+    InstanceEvent,
+    InstanceRecord,
+    LeaseLost,
+    PrefillAssigned,
+    Registration,
+)
+from splitwise_sched.settings import SchedulerSettings
+from splitwise_sched.sync import Instance
+from splitwise_sched.types import FinishReason, Output, Request, RequestState, Role, SamplingParams, TokenLogprob
+
+__all__ = [
+    "ConfigError",
+    "DecodeAssigned",
+    "Dropped",
+    "DuplicateRequest",
+    "Fenced",
+    "FinishReason",
+    "FrontEnd",
+    "IncompatibleInstance",
+    "Instance",
+    "InstanceEvent",
+    "InstanceRecord",
+    "InstanceSession",
+    "InvalidRequest",
+    "LeaseLost",
+    "Output",
+    "OutputStream",
+    "PrefillAssigned",
+    "QueueFull",
+    "Registration",
+    "Request",
+    "RequestFailed",
+    "RequestState",
+    "Role",
+    "SamplingParams",
+    "SchedulerSettings",
+    "SplitwiseError",
+    "StoreUnavailable",
+    "StoreUnsuitable",
+    "TokenLogprob",
+]
