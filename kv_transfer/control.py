@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -130,23 +129,24 @@ class ControlChannel:
             del self._watches[fd]
             os.close(fd)
 
-    def wait(self, timeout_s: float) -> Iterator[Incoming]:
-        """Wait for something to happen, ``timeout_s`` at most; what has happened, bounded."""
+    def wait(self, timeout_s: float) -> list[Incoming]:
+        """Wait for something to happen, ``timeout_s`` at most; what has happened, bounded.
+
+        All of it is taken in before any is acted upon, as acting may close the very sockets that it came from.
+        """
+        found: list[Incoming] = []
         for what, _ in self._poller.poll(max(0, int(timeout_s * 1000))):
             if what == self._wake_fd:
                 self._drain_wakes()
-            elif what is self._router:
-                for frames in _receive(self._router):
-                    if len(frames) == 2:
-                        yield Incoming(Source.SESSION, frames[0], frames[1])
-                    else:
-                        yield Incoming(Source.SESSION, frames[0], b"")
             elif isinstance(what, int):
-                yield Incoming(Source.ENDED, self._watches[what], b"")
-            elif what in self._keys:
-                key = self._keys[what]
+                found.append(Incoming(Source.ENDED, self._watches[what], b""))
+            elif what is self._router:
+                for key, *frames in _receive(what):
+                    found.append(Incoming(Source.SESSION, key, frames[0] if len(frames) == 1 else b""))
+            else:
                 for frames in _receive(what):
-                    yield Incoming(Source.PEER, key, frames[0] if len(frames) == 1 else b"")
+                    found.append(Incoming(Source.PEER, self._keys[what], frames[0] if len(frames) == 1 else b""))
+        return found
 
     def close(self) -> None:
         """Send what was told, for half a second at most, and let go of everything."""
@@ -186,9 +186,11 @@ def _send(socket: zmq.Socket[bytes], frames: list[bytes]) -> bool:
     return True
 
 
-def _receive(socket: zmq.Socket[bytes]) -> Iterator[list[bytes]]:
-    for _ in range(_MAX_FRAMES_A_TURN):
+def _receive(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
+    messages: list[list[bytes]] = []
+    while len(messages) < _MAX_FRAMES_A_TURN:
         try:
-            yield socket.recv_multipart(zmq.NOBLOCK)
+            messages.append(socket.recv_multipart(zmq.NOBLOCK))
         except zmq.Again:
-            return
+            break
+    return messages

@@ -1,0 +1,332 @@
+"""Peers that die, stall or cannot be reached: who learns of it, when, and whose bytes stay whose."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import numpy as np
+import pytest
+
+from kv_transfer import KVLayout, RankEndpoint, Received, Sent, TransferFailed, TransferOptions
+from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, RemoteRank, differing, pattern
+
+LANES = ("shm", "tcp")
+# Big enough that a stop or a kill hits a transfer while its bytes flow.
+BIG = KVLayout("transformers", "tiny", "float32", 8, 8, 64, 16, 512)
+
+
+def quick(lane: str, **other: float) -> TransferOptions:
+    """Peers that give up on each other soon."""
+    return dataclasses.replace(TransferOptions(protocols=(lane,), heartbeat_s=0.2, silence_s=2.0, drain_s=0.5), **other)
+
+
+@pytest.fixture
+def ranks() -> Iterator[contextlib.ExitStack]:
+    """Closes what is pushed on it, last first."""
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+AnyRank = TypeVar("AnyRank", LocalRank, RemoteRank)
+
+
+def keep(ranks: contextlib.ExitStack, rank: AnyRank) -> AnyRank:
+    ranks.callback(rank.close)
+    return rank
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until, "it does not happen"
+        time.sleep(0.001)
+
+
+def assert_moves(source: LocalRank | RemoteRank, destination: LocalRank | RemoteRank, transfer_id: str) -> None:
+    """A transfer between the two works, to the last byte."""
+    ids = list(range(20, 60))
+    destination.receive(transfer_id, [source.endpoint], ids[::-1])
+    source.send(transfer_id, ids)
+    assert isinstance(destination.wait(transfer_id), Received)
+    assert isinstance(source.wait(transfer_id), Sent)
+    assert differing(source.layout, destination.view[ids[::-1]], source.view[ids]) == []
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_source_killed_in_mid_transfer_fails_it_and_the_next_source_works(
+    lane: str, ranks: contextlib.ExitStack
+) -> None:
+    source = keep(ranks, RemoteRank(LAYOUT, quick(lane), "prefill", 1))
+    destination = keep(ranks, LocalRank(LAYOUT, quick(lane), "decode", 2))
+    source.open_send("r@1", 10)
+    source.send_blocks("r@1", 0, range(5))
+    destination.receive("r@1", [source.endpoint], range(10))
+    wait_for(lambda: np.array_equal(destination.view[:5], source.view[:5]))
+    source.kill()
+    failed = destination.wait("r@1")
+    assert isinstance(failed, TransferFailed)
+    assert failed.peer == source.endpoint.describe()
+    destination.fill(7)
+    assert_moves(keep(ranks, RemoteRank(LAYOUT, quick(lane), "prefill", 3)), destination, "r@2")
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_destination_killed_in_mid_transfer_fails_it_and_the_next_destination_works(
+    lane: str, ranks: contextlib.ExitStack
+) -> None:
+    source = keep(ranks, LocalRank(LAYOUT, quick(lane), "prefill", 1))
+    destination = keep(ranks, RemoteRank(LAYOUT, quick(lane), "decode", 2))
+    source.open_send("r@1", 10)
+    source.send_blocks("r@1", 0, range(5))
+    destination.receive("r@1", [source.endpoint], range(10))
+    wait_for(lambda: np.array_equal(destination.view[:5], source.view[:5]))
+    destination.kill()
+    failed = source.wait("r@1")
+    assert isinstance(failed, TransferFailed)
+    assert "decode" in failed.peer
+    assert_moves(source, keep(ranks, RemoteRank(LAYOUT, quick(lane), "decode", 3)), "r@2")
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_a_peer_killed_while_bytes_flow_fails_the_transfer(lane: str, side: str, ranks: contextlib.ExitStack) -> None:
+    options = quick(lane, chunk_bytes=1 << 20)
+    if side == "source":
+        victim = source = keep(ranks, RemoteRank(BIG, options, "prefill", 1))
+        survivor = destination = keep(ranks, LocalRank(BIG, options, "decode", 2))
+    else:
+        survivor = source = keep(ranks, LocalRank(BIG, options, "prefill", 1))
+        victim = destination = keep(ranks, RemoteRank(BIG, options, "decode", 2))
+    source.open_send("r@1", BIG.num_blocks)
+    source.send_blocks("r@1", 0, range(BIG.num_blocks - 1))
+    first = destination.view[0].copy()
+    destination.receive("r@1", [source.endpoint], range(BIG.num_blocks))
+    wait_for(lambda: not np.array_equal(destination.view[0], first))
+    victim.kill()
+    assert isinstance(survivor.wait("r@1"), TransferFailed)
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_blocks_reused_while_their_reader_is_stopped_are_not_taken_for_the_transfers(
+    lane: str, ranks: contextlib.ExitStack
+) -> None:
+    source = keep(ranks, LocalRank(LAYOUT, quick(lane), "prefill", 1))
+    destination = keep(ranks, RemoteRank(LAYOUT, quick(lane), "decode", 2))
+    assert_moves(source, destination, "warm@1")
+    before = destination.view.copy()
+    source.open_send("r@1", 40)
+    source.send_blocks("r@1", 0, range(20))
+    destination.receive("r@1", [source.endpoint], range(100, 140))
+    wait_for(lambda: np.array_equal(destination.view[100:120], source.view[:20]))
+    destination.stop()
+    # The rest, and the end, lie in the stopped peer's sockets when it wakes: all that it needs to go on.
+    source.send_blocks("r@1", 20, range(20, 40))
+    source.finish_send("r@1", b"token")
+    source.abort("r@1", "lease lost")
+    assert isinstance(source.wait("r@1"), TransferFailed)
+    source.fill(5)
+    destination.resume()
+    assert isinstance(destination.wait("r@1"), TransferFailed)
+    outside = [*range(100), *range(140, LAYOUT.num_blocks)]
+    assert differing(LAYOUT, destination.view[outside], before[outside]) == []
+    assert_moves(source, destination, "r@2")
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_source_that_was_stopped_while_bytes_flowed_changes_no_byte_after_the_abort(
+    lane: str, ranks: contextlib.ExitStack
+) -> None:
+    options = quick(lane, chunk_bytes=1 << 20)
+    source = keep(ranks, RemoteRank(BIG, options, "prefill", 1))
+    destination = keep(ranks, LocalRank(BIG, options, "decode", 2))
+    first = destination.view[0].copy()
+    source.send("r@1", range(BIG.num_blocks))
+    destination.receive("r@1", [source.endpoint], range(BIG.num_blocks))
+    wait_for(lambda: not np.array_equal(destination.view[0], first))
+    source.stop()
+    destination.abort("r@1", "lease lost")
+    assert isinstance(destination.wait("r@1"), TransferFailed)
+    destination.fill(9)
+    source.resume()
+    assert isinstance(source.wait("r@1"), TransferFailed)
+    assert_moves(source, destination, "r@2")
+    wanted = pattern(BIG, 9)
+    wanted[59:19:-1] = pattern(BIG, 1)[20:60]
+    assert differing(BIG, destination.view, wanted) == []
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_peer_that_stands_still_is_taken_for_gone_by_the_other_side(lane: str, ranks: contextlib.ExitStack) -> None:
+    source = keep(ranks, LocalRank(LAYOUT, quick(lane), "prefill", 1))
+    destination = keep(ranks, RemoteRank(LAYOUT, quick(lane), "decode", 2))
+    source.open_send("r@1", 10)
+    source.send_blocks("r@1", 0, range(5))
+    destination.receive("r@1", [source.endpoint], range(10))
+    wait_for(lambda: np.array_equal(destination.view[:5], source.view[:5]))
+    destination.stop()
+    failed = source.wait("r@1")
+    assert isinstance(failed, TransferFailed)
+    assert "nothing was heard" in failed.reason
+    destination.resume()
+    assert isinstance(destination.wait("r@1"), TransferFailed)
+    assert_moves(source, destination, "r@2")
+
+
+def test_either_side_alone_fails_at_its_deadline(ranks: contextlib.ExitStack) -> None:
+    source = keep(ranks, LocalRank(LAYOUT, quick("tcp"), "prefill"))
+    destination = keep(ranks, LocalRank(LAYOUT, quick("tcp"), "decode"))
+    source.send("alone@1", [1], deadline_s=0.3)
+    destination.receive("other@1", [source.endpoint], [1], deadline_s=0.3)
+    for rank, transfer_id in ((source, "alone@1"), (destination, "other@1")):
+        failed = rank.wait(transfer_id)
+        assert isinstance(failed, TransferFailed)
+        assert "deadline of 0.3 s" in failed.reason
+
+
+def test_an_address_where_nobody_listens_fails_the_transfer(ranks: contextlib.ExitStack) -> None:
+    source = LocalRank(LAYOUT, quick("tcp"), "prefill")
+    source.close()
+    destination = keep(ranks, LocalRank(LAYOUT, quick("tcp"), "decode"))
+    destination.receive("r@1", [source.endpoint], [1])
+    failed = destination.wait("r@1")
+    assert isinstance(failed, TransferFailed)
+    assert "nothing was heard" in failed.reason
+
+
+class Wire:
+    """Carries bytes to a port of this host, until it is cut or falls silent."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._ends: dict[socket.socket, socket.socket] = {}
+        self._silent = threading.Event()
+        self._cut = threading.Event()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def silence(self) -> None:
+        """From now on what comes in stays here."""
+        self._silent.set()
+
+    def cut(self) -> None:
+        """Close all that goes through it now; new connections work."""
+        self._cut.set()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join(WAIT_S)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            if self._cut.is_set():
+                self._cut.clear()
+                self._hang_up()
+            for key, _ in self._selector.select(0.02):
+                if key.fileobj is self._listener:
+                    self._accept()
+                elif not self._silent.is_set():
+                    self._carry(key.fileobj)
+                else:
+                    time.sleep(0.02)
+        self._hang_up()
+        self._selector.close()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        near = self._listener.accept()[0]
+        far = socket.create_connection(("127.0.0.1", self._target))
+        for one, other in ((near, far), (far, near)):
+            self._ends[one] = other
+            self._selector.register(one, selectors.EVENT_READ)
+
+    def _carry(self, sock: object) -> None:
+        if not isinstance(sock, socket.socket) or sock not in self._ends:
+            return
+        try:
+            data = sock.recv(1 << 16)
+            self._ends[sock].sendall(data)
+        except OSError:
+            data = b""
+        if not data:
+            other = self._ends.pop(sock)
+            self._ends.pop(other, None)
+            for end in (sock, other):
+                self._selector.unregister(end)
+                end.close()
+
+    def _hang_up(self) -> None:
+        for sock in list(self._ends):
+            self._selector.unregister(sock)
+            sock.close()
+        self._ends.clear()
+
+
+def through(endpoint: RankEndpoint, *, control: Wire | None = None, data: Wire | None = None) -> RankEndpoint:
+    """The same rank, reached over wires."""
+    changed = endpoint.to_dict()
+    if control is not None:
+        changed["control_port"] = control.port
+    if data is not None:
+        changed["transports"] = {"tcp": {"port": data.port}}
+    return RankEndpoint.from_dict(changed)
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_link_that_falls_silent_fails_its_transfers_on_both_sides_and_no_others(
+    lane: str, ranks: contextlib.ExitStack
+) -> None:
+    source = keep(ranks, LocalRank(LAYOUT, quick(lane), "prefill", 1))
+    far = keep(ranks, LocalRank(LAYOUT, quick(lane), "decode", 2))
+    near = keep(ranks, LocalRank(LAYOUT, quick(lane), "decode", 3))
+    wire = Wire(source.endpoint.control_port)
+    ranks.callback(wire.close)
+    for rank, transfer_id in ((far, "far@1"), (near, "near@1")):
+        source.open_send(transfer_id, 10)
+        source.send_blocks(transfer_id, 0, range(5))
+        endpoint = through(source.endpoint, control=wire) if rank is far else source.endpoint
+        rank.receive(transfer_id, [endpoint], range(10))
+        wait_for(lambda view=rank.view: np.array_equal(view[:5], source.view[:5]))
+    wire.silence()
+    assert isinstance(far.wait("far@1"), TransferFailed)
+    assert isinstance(source.wait("far@1"), TransferFailed)
+    source.send_blocks("near@1", 5, range(5, 10))
+    source.finish_send("near@1")
+    assert isinstance(near.wait("near@1"), Received)
+    assert isinstance(source.wait("near@1"), Sent)
+
+
+@pytest.mark.parametrize("which", ["control", "data"])
+def test_a_connection_that_breaks_fails_its_transfers_and_is_made_anew_for_the_next(
+    which: str, ranks: contextlib.ExitStack
+) -> None:
+    source = keep(ranks, LocalRank(LAYOUT, quick("tcp"), "prefill", 1))
+    destination = keep(ranks, LocalRank(LAYOUT, quick("tcp"), "decode", 2))
+    control = Wire(source.endpoint.control_port)
+    data = Wire(int(source.endpoint.transports["tcp"]["port"]))
+    ranks.callback(control.close)
+    ranks.callback(data.close)
+    endpoint = through(source.endpoint, control=control, data=data)
+    source.open_send("r@1", 10)
+    source.send_blocks("r@1", 0, range(5))
+    destination.receive("r@1", [endpoint], range(10))
+    wait_for(lambda: np.array_equal(destination.view[:5], source.view[:5]))
+    (control if which == "control" else data).cut()
+    assert isinstance(destination.wait("r@1"), TransferFailed)
+    assert isinstance(source.wait("r@1"), TransferFailed)
+    destination.fill(8)
+    destination.receive("r@2", [endpoint], range(10))
+    source.send("r@2", range(10))
+    assert isinstance(destination.wait("r@2"), Received)
+    assert differing(LAYOUT, destination.view[:10], source.view[:10]) == []
