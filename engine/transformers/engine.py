@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ class TransformersEngine(EngineDriver):
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
         loaded = load_model(options)
-        self._model = loaded.model
+        self._model: Any = loaded.model
         self._tokenizer = loaded.tokenizer
         self._eos_token_ids = loaded.eos_token_ids
         use_paged_attention(self._model)
@@ -173,6 +174,7 @@ class TransformersEngine(EngineDriver):
         return events
 
     def load(self) -> EngineLoad:
+        # Whatever holds blocks counts as running.
         return EngineLoad(
             num_running=len(self._running) + len(self._reserved) + len(self._held),
             num_waiting=len(self._waiting),
@@ -181,14 +183,11 @@ class TransformersEngine(EngineDriver):
         )
 
     def close(self) -> None:
-        self._sequences.clear()
-        self._waiting.clear()
-        self._running.clear()
-        self._reserved.clear()
-        self._held.clear()
+        for key in list(self._sequences):
+            self.abort(key)
         self._pending.clear()
-        self._plan = StepPlan()
-        del self._kv
+        # Whoever still holds the engine must not keep the weights alive by it.
+        self._model = None
         self._pool.close()
 
     def _admit(self, key: str, request: Request, mode: Mode) -> Sequence:

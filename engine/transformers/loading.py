@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from engine.transformers.options import TransformersOptions
 from splitwise_sched.errors import ConfigError
@@ -91,14 +92,13 @@ def find_model(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"model directory {name!r} does not exist: check the path, or give the id of a hub model")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(_DOWNLOADED)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as exc:
+    except Exception as exc:  # the hub client passes on errors of its HTTP library, which differs by version
         raise ConfigError(
-            f"model {name!r} is not a directory here, and could not be fetched from the hub: {exc}; "
-            "check its spelling, or give the path of a model directory"
+            f"model {name!r} is not a directory here, and could not be fetched from the hub "
+            f"({' '.join(str(exc).split())}): check its spelling, or give the path of a model directory"
         ) from exc
 
 
@@ -155,7 +155,7 @@ def _load_weights(path: Path, options: TransformersOptions) -> Any:
             model, report = auto.from_pretrained(
                 path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as exc:
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as exc:
         raise ConfigError(f"the model in {str(path)!r} cannot be loaded: {exc}") from exc
     missing = sorted(map(str, report["missing_keys"]))
     if missing:

@@ -81,6 +81,11 @@ class PagedKV:
         both = out.view(PLANES, num_seqs, -1, self.num_kv_heads, self.head_dim).transpose(2, 3)
         return both[0], both[1]
 
+    def close(self) -> None:
+        """Let go of the pool's memory; nothing may be read or written after."""
+        self._storage = self._scratch = self._storage.new_empty(0)
+        self._layers, self._k_tokens, self._v_tokens = [], [], []
+
     def clear(self, block_ids: list[int]) -> None:
         """Zero blocks in all layers."""
         index = torch.tensor(block_ids, device=self.device)

@@ -34,8 +34,8 @@ class EnginePool:
     max_model_len: int
 
     def close(self) -> None:
-        """Drop the views, then the memory."""
-        del self.kv
+        """Drop the views, then the memory. Idempotent."""
+        self.kv.close()
         for pool in self.shared:
             pool.close()
 

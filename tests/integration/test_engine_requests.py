@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
 from collections.abc import Iterator
@@ -351,3 +352,29 @@ def test_load_tells_what_is_held(engine: EngineDriver) -> None:
     assert engine.load().num_free_blocks == engine.spec.num_blocks - 3
     engine.abort("a")
     engine.abort("b")
+
+
+def test_closing_frees_blocks_weights_and_pool(model_dir: Path) -> None:
+    def num_mapped_pools() -> int:
+        return Path("/proc/self/maps").read_text().count("memfd:kv-pool")
+
+    gc.collect()
+    before = num_mapped_pools()
+    engine = engine_on(model_dir)
+    engine.submit("a", greedy(random_prompt(50)), Mode.FULL)
+    step(engine)
+    assert num_mapped_pools() == before + 1
+    engine.close()
+    engine.close()
+    assert num_mapped_pools() == before
+    assert not engine.has_work()
+
+
+def test_bfloat16_runs_and_its_kv_takes_half_the_memory(model_dir: Path, engine: EngineDriver) -> None:
+    half = engine_on(model_dir, dtype="bfloat16")
+    try:
+        assert 2 * half.kv_layout.block_bytes == engine.kv_layout.block_bytes
+        results = run(half, [greedy(random_prompt(length)) for length in (5, 40, 70)])
+        assert all(len(result.tokens) == 24 for result in results.values())
+    finally:
+        half.close()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.transformers.blocks import num_blocks_for
+from engine.transformers.blocks import BlockAllocator, num_blocks_for
 from engine.transformers.scheduler import Candidate, Chunk, StepPlan, plan_step
 
 BLOCK_SIZE = 4
@@ -151,3 +151,51 @@ def test_the_oldest_sequence_runs_or_waits_for_blocks_that_nobody_may_take(situa
             assert len(plan.chunks) == situation["max_num_seqs"] or (
                 sum(chunk.num_tokens for chunk in plan.chunks) == situation["max_num_batched_tokens"]
             )
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 25), st.integers(1, 25), st.integers(0, 20)), min_size=1, max_size=8),
+    st.integers(13, 30),
+    st.integers(1, 5),
+    st.integers(5, 40),
+)
+def test_every_sequence_that_fits_the_pool_alone_comes_to_its_end(
+    arrivals: list[tuple[int, int, int]], num_blocks: int, max_num_seqs: int, max_num_batched_tokens: int
+) -> None:
+    """A whole engine but for the model: sequences of (prompt, output, step of arrival) in a pool that is too small."""
+    allocator = BlockAllocator(num_blocks)
+    length = {f"s{i}": num_prompt for i, (num_prompt, _, _) in enumerate(arrivals)}
+    computed = dict.fromkeys(length, 0)
+    blocks: dict[str, list[int]] = {key: [] for key in length}
+    order = sorted(length, key=lambda key: arrivals[int(key[1:])][2])
+    unfinished = set(length)
+    for now in range(2000):
+        present = [key for key in order if key in unfinished and arrivals[int(key[1:])][2] <= now]
+        candidates = [Candidate(key, length[key], computed[key], len(blocks[key])) for key in present]
+        plan = plan_step(
+            [c for c in candidates if c.num_blocks],
+            [c for c in candidates if not c.num_blocks],
+            num_free_blocks=allocator.num_free,
+            block_size=BLOCK_SIZE,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        assert plan.chunks or not present
+        for key in plan.preempted:
+            allocator.free(blocks[key])
+            blocks[key], computed[key] = [], 0
+        for chunk in plan.chunks:
+            blocks[chunk.key] += allocator.allocate(chunk.num_new_blocks)
+            computed[chunk.key] += chunk.num_tokens
+            assert computed[chunk.key] <= len(blocks[chunk.key]) * BLOCK_SIZE
+            if computed[chunk.key] == length[chunk.key]:
+                length[chunk.key] += 1
+                num_prompt, num_output, _ = arrivals[int(chunk.key[1:])]
+                if length[chunk.key] == num_prompt + num_output:
+                    allocator.free(blocks[chunk.key])
+                    blocks[chunk.key] = []
+                    unfinished.remove(chunk.key)
+        if not unfinished:
+            break
+    assert not unfinished
+    assert allocator.num_free == num_blocks
