@@ -1,0 +1,126 @@
+"""Which transport a pair uses, and who is told when it is not the one that it should be."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from kv_transfer import (
+    KVPool,
+    Messenger,
+    RankEndpoint,
+    Received,
+    TransferFailed,
+    TransferOptions,
+    TransportFailed,
+    UnknownTransport,
+)
+from tests.integration.kv_rank import LAYOUT, LocalRank, differing
+
+
+@pytest.fixture
+def ranks() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+def rank(ranks: contextlib.ExitStack, name: str, *protocols: str) -> LocalRank:
+    made = LocalRank(LAYOUT, TransferOptions(protocols=protocols), name, seed=len(name))
+    ranks.callback(made.close)
+    return made
+
+
+def move(source: LocalRank, destination: LocalRank, endpoint: RankEndpoint) -> Received | TransferFailed:
+    destination.receive("r@1", [endpoint], range(9))
+    source.send("r@1", range(20, 29))
+    event = destination.wait("r@1")
+    assert isinstance(event, Received | TransferFailed)
+    return event
+
+
+def changed(endpoint: RankEndpoint, **fields: object) -> RankEndpoint:
+    return RankEndpoint.from_dict({**endpoint.to_dict(), **fields})
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "lane"),
+    [
+        (("ipc", "tcp"), ("ipc", "tcp"), "shm"),
+        (("tcp", "shm"), ("shm", "tcp"), "tcp"),
+        (("shm", "tcp"), ("tcp",), "tcp"),
+        (("tcp",), ("shm", "tcp"), "tcp"),
+    ],
+)
+def test_the_destinations_first_choice_among_what_both_have_is_used(
+    ranks: contextlib.ExitStack, mine: tuple[str, ...], theirs: tuple[str, ...], lane: str
+) -> None:
+    source, destination = rank(ranks, "prefill", *theirs), rank(ranks, "decode", *mine)
+    event = move(source, destination, source.endpoint)
+    assert isinstance(event, Received)
+    assert event.stats.lane == lane
+    assert destination.counters()["downgrades_total"] == 0
+
+
+def test_another_host_is_reached_by_tcp_without_a_warning(ranks: contextlib.ExitStack) -> None:
+    source, destination = rank(ranks, "prefill", "ipc", "tcp"), rank(ranks, "decode", "ipc", "tcp")
+    event = move(source, destination, changed(source.endpoint, host_id="another/pid:[1]"))
+    assert isinstance(event, Received)
+    assert event.stats.lane == "tcp"
+    assert destination.counters()["downgrades_total"] == 0
+
+
+def test_a_lane_that_should_work_and_does_not_is_a_warning_and_a_counted_downgrade(
+    ranks: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, destination = rank(ranks, "prefill", "ipc", "tcp"), rank(ranks, "decode", "ipc", "tcp")
+    offers = {name: dict(offer) for name, offer in source.endpoint.transports.items()}
+    offers["shm"]["nonce"] = secrets.token_hex(16)
+    with caplog.at_level(logging.WARNING, "kv_transfer"):
+        event = move(source, destination, changed(source.endpoint, transports=offers))
+    assert isinstance(event, Received)
+    assert event.stats.lane == "tcp"
+    assert differing(LAYOUT, destination.view[:9], source.view[20:29]) == []
+    assert destination.counters()["downgrades_total"] == 1
+    assert "over tcp instead of shm" in caplog.text
+    assert "another pool than the one announced" in caplog.text
+
+
+def test_a_file_that_is_no_pool_is_not_mapped(ranks: contextlib.ExitStack) -> None:
+    source, destination = rank(ranks, "prefill", "shm"), rank(ranks, "decode", "shm")
+    with open(__file__, "rb") as file:
+        offer = {"fd": file.fileno(), "nonce": source.pool.nonce.hex()}
+        destination.receive("r@1", [changed(source.endpoint, transports={"shm": offer})], [1])
+        failed = destination.wait("r@1")
+    assert isinstance(failed, TransferFailed)
+    assert "no transport reaches prefill" in failed.reason
+
+
+def test_a_pair_without_a_common_lane_fails_with_the_reason_for_each(ranks: contextlib.ExitStack) -> None:
+    source, destination = rank(ranks, "prefill", "shm"), rank(ranks, "decode", "shm", "tcp")
+    event = move(source, destination, changed(source.endpoint, host_id="another/pid:[1]"))
+    assert isinstance(event, TransferFailed)
+    assert "shm: it is on another host" in event.reason
+    assert "tcp: the peer does not offer it" in event.reason
+
+
+def test_a_protocol_that_is_not_installed_is_named_with_those_that_are() -> None:
+    with KVPool.allocate(LAYOUT) as pool, pytest.raises(UnknownTransport) as caught:
+        Messenger(pool, TransferOptions(protocols=("carrier_pigeon",)), name="m")
+    assert caught.value.name == "carrier_pigeon"
+    assert {"shm", "tcp"} <= set(caught.value.installed)
+    assert "shm, tcp" in str(caught.value)
+
+
+@pytest.mark.parametrize("which", ["control_port", "data_port"])
+def test_a_port_that_is_taken_is_named(which: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, KVPool.allocate(LAYOUT) as pool:
+        port = taken.getsockname()[1]
+        messenger = Messenger(pool, TransferOptions(protocols=("tcp",), **{which: port}), name="m")
+        with pytest.raises(TransportFailed, match=f"port {port}"):
+            messenger.start()
+        messenger.close()

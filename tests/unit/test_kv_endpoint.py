@@ -1,0 +1,99 @@
+"""RankEndpoint: a record that comes from elsewhere, and is believed only as far as it makes sense."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kv_transfer.endpoint import RankEndpoint
+from kv_transfer.errors import InvalidEndpoint
+from kv_transfer.identity import ProcessIdentity, host_id, open_pidfd, process_start
+from kv_transfer.layout import KVLayout
+
+ENDPOINT = RankEndpoint(
+    name="prefill-0",
+    host="10.0.0.1",
+    control_port=4000,
+    nonce="0123456789abcdef" * 2,
+    process=ProcessIdentity("boot/pid:[1]", 7, 12345),
+    layout=KVLayout("transformers", "m", "float32", 2, 4, 8, 16, 10, tp_size=2, tp_rank=1),
+    wire_version=1,
+    transports={"shm": {"fd": 5, "nonce": "ab"}, "tcp": {"port": 4001}},
+)
+
+
+def test_an_endpoint_survives_json() -> None:
+    assert RankEndpoint.from_dict(json.loads(json.dumps(ENDPOINT.to_dict()))) == ENDPOINT
+    assert (ENDPOINT.tp_rank, ENDPOINT.tp_size) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("host", "evil host"),
+        ("host", "a;b"),
+        ("host", ""),
+        ("control_port", 0),
+        ("control_port", 70000),
+        ("control_port", "4000"),
+        ("control_port", True),
+        ("nonce", "xyz"),
+        ("name", ""),
+        ("name", "a\x1b[31m"),
+        ("pid", -1),
+        ("pid_start", None),
+        ("wire_version", 0),
+        ("layout", {}),
+        ("layout", None),
+        ("transports", []),
+        ("transports", {"../shm": {}}),
+        ("transports", {"shm": 1}),
+        ("transports", {"shm": {"fd": 1.5}}),
+        ("transports", {"shm": {"fd": 2**70}}),
+        ("transports", {"shm": {"nonce": "x" * 1000}}),
+        ("transports", {f"t{i}": {} for i in range(99)}),
+    ],
+)
+def test_a_bad_field_is_refused(field: str, value: object) -> None:
+    with pytest.raises(InvalidEndpoint):
+        RankEndpoint.from_dict({**ENDPOINT.to_dict(), field: value})
+
+
+def test_missing_and_unknown_fields_are_refused_by_name() -> None:
+    for field in ENDPOINT.to_dict():
+        record = ENDPOINT.to_dict()
+        del record[field]
+        with pytest.raises(InvalidEndpoint):
+            RankEndpoint.from_dict(record)
+    with pytest.raises(InvalidEndpoint, match="colour"):
+        RankEndpoint.from_dict({**ENDPOINT.to_dict(), "colour": "red"})
+    with pytest.raises(InvalidEndpoint, match="must be a mapping"):
+        RankEndpoint.from_dict("text")
+
+
+@given(st.dictionaries(st.sampled_from([*ENDPOINT.to_dict(), "x"]), st.recursive(
+    st.none() | st.integers() | st.text() | st.booleans(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)))  # fmt: skip
+def test_no_record_gets_past_from_dict_with_another_error(patch: dict[str, object]) -> None:
+    try:
+        RankEndpoint.from_dict({**ENDPOINT.to_dict(), **patch})
+    except InvalidEndpoint:
+        pass
+
+
+def test_this_process_is_visible_and_a_recycled_pid_or_another_host_is_not() -> None:
+    own = ProcessIdentity.own()
+    assert own.is_visible
+    assert not ProcessIdentity(own.host, own.pid, own.start + 1).is_visible
+    assert not ProcessIdentity("another", own.pid, own.start).is_visible
+    fd = open_pidfd(own)
+    assert fd is not None
+    os.close(fd)
+    assert open_pidfd(ProcessIdentity(own.host, own.pid, own.start + 1)) is None
+    assert process_start(2**22 + 1) is None
+    assert host_id() == own.host

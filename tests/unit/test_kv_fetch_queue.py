@@ -1,0 +1,68 @@
+"""FetchQueue: chunks of bounded size, a bounded number of them, and nobody starves."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kv_transfer.fetch_queue import FetchQueue
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+def test_transfers_take_turns() -> None:
+    queue = FetchQueue(blocks_per_chunk=2, window_chunks=10)
+    queue.add(b"a", np.arange(6), np.arange(6))
+    queue.add(b"b", np.arange(4), np.arange(4))
+    order = []
+    while (chunk := queue.next()) is not None:
+        order.append(chunk.token)
+    assert order == [b"a", b"b", b"a", b"b", b"a"]
+
+
+def test_only_so_many_are_under_way_and_dropped_ones_make_room() -> None:
+    queue = FetchQueue(blocks_per_chunk=1, window_chunks=2)
+    queue.add(b"a", np.arange(5), np.arange(5))
+    queue.add(b"b", ids(9), ids(9))
+    first, second = queue.next(), queue.next()
+    assert first is not None and second is not None
+    assert queue.next() is None
+    assert queue.done(first.chunk_id) == (b"a", 1)
+    assert queue.done(first.chunk_id) is None
+    queue.drop(b"b")
+    assert queue.done(second.chunk_id) is None
+    queue.drop(b"a")
+    assert queue.next() is None
+
+
+@given(
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.lists(st.tuples(st.sampled_from([b"a", b"b", b"c"]), st.integers(1, 9)), max_size=12),
+)
+def test_every_block_is_fetched_once_and_a_transfers_in_order(
+    size: int, window: int, pieces: list[tuple[bytes, int]]
+) -> None:
+    queue = FetchQueue(size, window)
+    wanted: dict[bytes, list[int]] = {}
+    for number, (token, count) in enumerate(pieces):
+        block_ids = np.arange(count) + 100 * number
+        queue.add(token, block_ids, block_ids + 7)
+        wanted.setdefault(token, []).extend(block_ids.tolist())
+    got: dict[bytes, list[int]] = {}
+    while True:
+        chunks = []
+        while (chunk := queue.next()) is not None:
+            chunks.append(chunk)
+        if not chunks:
+            break
+        assert len(chunks) <= window
+        for chunk in chunks:
+            assert len(chunk.src_ids) <= size
+            assert (chunk.dst_ids == chunk.src_ids + 7).all()
+            got.setdefault(chunk.token, []).extend(chunk.src_ids.tolist())
+            assert queue.done(chunk.chunk_id) == (chunk.token, len(chunk.src_ids))
+    assert got == wanted
