@@ -249,6 +249,16 @@ def as_dict(reply: Any) -> dict[str, str]:
     return dict(zip(it, it, strict=False))
 
 
+async def check(settings: SchedulerSettings) -> str:
+    """Whether the server of ``settings`` can carry the queue; its name and version. Raises what ``connect`` raises."""
+    connection = Connection(settings)
+    try:
+        await connection.connect()
+        return connection.server
+    finally:
+        await connection.close()
+
+
 def check_server(info: Mapping[str, Any], policy: str, address: str) -> str:
     """Whether a server with this ``INFO server`` and eviction policy can carry the queue.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -42,6 +43,8 @@ def _serve(
     from engine.instance_http import InstanceHttp
     from engine.runner import Runner, RunnerOptions
     from engine.transformers import create
+    from kv_transfer.transports.registry import load_transports
+    from splitwise_sched.connection import check
 
     role = instance.splitwise_role
     options, transfer = engine_settings.options(role), transfer_settings.options()
@@ -52,6 +55,9 @@ def _serve(
         if port is not None
     ]
     scheduler = stack.enter_context(scheduler_server(scheduler))
+    # What can be wrong is found before the model is loaded, which may take minutes.
+    asyncio.run(check(scheduler))
+    load_transports(transfer.protocols)
     click.echo(f"loading {options.model} ...", err=True)
     driver = stack.enter_context(closing(create(options)))
     details = {

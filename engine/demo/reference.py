@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -15,7 +16,7 @@ def generate_reference(
     model_path: Path | str, requests: Sequence[DemoRequest], dtype: str
 ) -> Iterator[tuple[int, ...]]:
     """Greedy output token ids of each request in turn, the end token included where it came."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
     model.eval()
     with torch.inference_mode():
         for request in requests:

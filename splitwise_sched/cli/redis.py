@@ -11,7 +11,7 @@ import click
 from pydantic import Field, SecretStr
 
 from splitwise_sched.cli.options import settings_command
-from splitwise_sched.connection import Connection
+from splitwise_sched.connection import check
 from splitwise_sched.embedded import EmbeddedServer, share
 from splitwise_sched.errors import StoreUnavailable
 from splitwise_sched.settings import ExplicitSettings, SchedulerSettings
@@ -41,19 +41,15 @@ def command(server: PrivateServerSettings, scheduler: SchedulerSettings) -> None
     that comes with splitwise-sched[embedded].
     """
     if scheduler.scheduler_host is not None:
-        asyncio.run(_check(scheduler))
+        _check(scheduler)
     else:
         _serve(server, scheduler.scheduler_password)
 
 
-async def _check(settings: SchedulerSettings) -> None:
-    connection = Connection(settings)
-    try:
-        await connection.connect()
-    finally:
-        await connection.close()
+def _check(settings: SchedulerSettings) -> None:
+    server = asyncio.run(check(settings))
     click.echo(
-        f"{connection.server} at {settings.scheduler_host}:{settings.scheduler_port} can carry topic "
+        f"{server} at {settings.scheduler_host}:{settings.scheduler_port} can carry topic "
         f"{settings.scheduler_topic!r}: it answers, grants access, is new enough, and does not evict"
     )
 
