@@ -1,0 +1,83 @@
+"""One request's output tokens as the text that its user sees: whole characters, nothing of a stop string. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from splitwise_sched.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
+from splitwise_sched.types import FinishReason, Output, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEntry:
+    """A token with its logprobs.
+
+    Attributes:
+        offset: where its text begins in the answer's, in characters.
+    """
+
+    logprob: TokenLogprob
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of an answer.
+
+    Attributes:
+        tokens: those whose text begins in what was given so far; only when logprobs were asked for.
+        finish_reason: on the last piece.
+    """
+
+    text: str
+    tokens: tuple[TokenEntry, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+class AnswerText:
+    """Feed it a request's outputs in order.
+
+    Attributes:
+        num_tokens: output tokens so far, also those that show no text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str]) -> None:
+        self.num_tokens = 0
+        self._decoder = IncrementalDecoder(tokenizer)
+        self._matcher = StopMatcher(stops)
+        self._num_given = 0
+        self._waiting: deque[TokenEntry] = deque()
+
+    def feed(self, output: Output) -> Piece:
+        """What can be shown now. After a piece with a finish reason nothing more may be fed.
+
+        The engine ends at stop strings by itself; one that does not is overruled here.
+        """
+        pieces = []
+        for position, token_id in enumerate(output.token_ids):
+            self.num_tokens += 1
+            if position < len(output.logprobs):
+                self._waiting.append(TokenEntry(output.logprobs[position], self._decoder.num_chars))
+            pieces.append(self._decoder.push(token_id))
+        if output.finish_reason is not None:
+            pieces.append(self._decoder.flush())
+        text = self._matcher.feed("".join(pieces))
+        if self._matcher.matched is not None:
+            return Piece(text, self._tokens_before(text), FinishReason.STOP)
+        if output.finish_reason is None:
+            return Piece(text, self._tokens_before(text))
+        text += self._matcher.flush()
+        self._num_given += len(text)
+        tokens = tuple(self._waiting)
+        self._waiting.clear()
+        return Piece(text, tokens, output.finish_reason)
+
+    def _tokens_before(self, text: str) -> tuple[TokenEntry, ...]:
+        """Tokens that begin in the text given so far, ``text`` included."""
+        self._num_given += len(text)
+        tokens = []
+        while self._waiting and self._waiting[0].offset < self._num_given:
+            tokens.append(self._waiting.popleft())
+        return tuple(tokens)

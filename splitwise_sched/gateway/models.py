@@ -1,0 +1,111 @@
+"""Which models the live instances serve, and the tokenizers for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from splitwise_sched.errors import ConfigError
+from splitwise_sched.frontend import FrontEnd
+from splitwise_sched.gateway.errors import ApiError, unavailable
+from splitwise_sched.records import InstanceRecord
+from splitwise_sched.tokenizer import Tokenizer
+from splitwise_sched.types import Role
+
+PREFILL_ROLES = (Role.PREFILL, Role.MIXED)
+DECODE_ROLES = (Role.DECODE, Role.MIXED)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """
+    Attributes:
+        max_model_len: prompt and output tokens together, on every instance that may get the request.
+    """
+
+    name: str
+    max_model_len: int
+    tokenizer: Tokenizer
+
+
+def missing_roles(records: Sequence[InstanceRecord]) -> list[str]:
+    """Kinds of instances that must be there to answer a request, and are not."""
+    roles = {record.role for record in records}
+    wanted = (("prefill", PREFILL_ROLES), ("decode", DECODE_ROLES))
+    return [name for name, capable in wanted if roles.isdisjoint(capable)]
+
+
+def limits(records: Sequence[InstanceRecord]) -> dict[str, int]:
+    """Names of the served models, and the least ``max_model_len`` of each."""
+    found: dict[str, int] = {}
+    for record in records:
+        found[record.model] = min(record.max_model_len, found.get(record.model, record.max_model_len))
+    return dict(sorted(found.items()))
+
+
+class ServedModels:
+    """Finds models by name.
+
+    Args:
+        tokenizer_dir: the tokenizer of every model, whatever the instances name; read at once.
+    Raises:
+        ConfigError: ``tokenizer_dir`` holds no tokenizer that can be read.
+    """
+
+    def __init__(self, frontend: FrontEnd, tokenizer_dir: Path | None) -> None:
+        self._frontend = frontend
+        self._given = None if tokenizer_dir is None else Tokenizer.from_pretrained_dir(tokenizer_dir)
+        self._tokenizers: dict[str, Tokenizer] = {}
+        self._loading = asyncio.Lock()
+
+    async def find(self, name: str) -> ServedModel:
+        """
+        Raises:
+            ApiError: 404 for a model that no instance has; 503 when a kind of instance is missing, or its tokenizer
+                cannot be read here.
+            StoreUnavailable: nobody knows.
+        """
+        records = await self._frontend.instances()
+        topic = self._frontend.settings.scheduler_topic
+        if not records:
+            raise unavailable(
+                f"no instance is live on topic {topic!r}: start some with `splitwise-sched serve`", "no_instance"
+            )
+        served = limits(records)
+        if name not in served:
+            raise ApiError(
+                404, f"there is no model {name[:200]!r} here; served are: {', '.join(served)}",
+                param="model", code="model_not_found",
+            )  # fmt: skip
+        of_model = [record for record in records if record.model == name]
+        missing = missing_roles(of_model)
+        if missing:
+            raise unavailable(
+                f"no {' and no '.join(missing)} instance of model {name!r} is live on topic {topic!r}: start one with "
+                "`splitwise-sched serve --role ...`",
+                "no_instance",
+            )
+        return ServedModel(name, served[name], await self._tokenizer(of_model))
+
+    async def _tokenizer(self, records: Sequence[InstanceRecord]) -> Tokenizer:
+        if self._given is not None:
+            return self._given
+        paths = sorted({record.tokenizer for record in records} - {""})
+        for path in paths:
+            if path in self._tokenizers:
+                return self._tokenizers[path]
+        reason = "its instances name none"
+        async with self._loading:
+            for path in paths:
+                try:
+                    self._tokenizers[path] = await asyncio.to_thread(Tokenizer.from_pretrained_dir, path)
+                    return self._tokenizers[path]
+                except ConfigError as exc:
+                    reason = str(exc)
+        raise unavailable(
+            f"model {records[0].model!r} is served, but the gateway cannot read its tokenizer ({reason}): start the "
+            "gateway with --model PATH, a directory that holds its tokenizer.json",
+            "no_tokenizer",
+        )
