@@ -138,3 +138,7 @@ def _progress_bar(console: Console | None) -> Iterator[Callable[[float], None]]:
     with Progress(*columns, TimeElapsedColumn(), console=console or Terminal(stderr=True)) as progress:
         task = progress.add_task("training a small Llama, once", total=1.0)
         yield lambda part: progress.update(task, completed=part)
+
+
+if __name__ == "__main__":
+    print(ensure_demo_model())
