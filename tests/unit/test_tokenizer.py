@@ -13,33 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from splitwise_sched.errors import ConfigError, InvalidRequest
 from splitwise_sched.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
-
-TEXT = [
-    "the quick brown fox jumps over the lazy dog",
-    "größe naïve café – “quotes” … 日本語のテキスト 🙂🙃 🏳️‍🌈",
-    "def f(x):\n    return x + 1\n",
-]
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def byte_level() -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        TEXT,
-        trainers.BpeTrainer(
-            vocab_size=400,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-            show_progress=False,
-        ),
-    )
-    backend.add_tokens(["<mask me>"])
-    return backend
+from tests.tokenizer_dirs import CHATML, TEXT, byte_level, saved
 
 
 def sentencepiece_like() -> tokenizers.Tokenizer:
@@ -69,13 +43,6 @@ def wordpiece() -> tokenizers.Tokenizer:
         TEXT, trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]"], show_progress=False)
     )
     return backend
-
-
-def saved(folder: Path, backend: tokenizers.Tokenizer, **config: object) -> Path:
-    folder.mkdir(exist_ok=True)
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")
