@@ -29,11 +29,13 @@ class Piece:
     Attributes:
         tokens: those whose text begins in what was given so far; only when logprobs were asked for.
         finish_reason: on the last piece.
+        token_ids: of the output that this piece came with; its text may come with a later one.
     """
 
     text: str
     tokens: tuple[TokenEntry, ...] = ()
     finish_reason: FinishReason | None = None
+    token_ids: tuple[int, ...] = ()
 
 
 class AnswerText:
@@ -65,14 +67,14 @@ class AnswerText:
             pieces.append(self._decoder.flush())
         text = self._matcher.feed("".join(pieces))
         if self._matcher.matched is not None:
-            return Piece(text, self._tokens_before(text), FinishReason.STOP)
+            return Piece(text, self._tokens_before(text), FinishReason.STOP, output.token_ids)
         if output.finish_reason is None:
-            return Piece(text, self._tokens_before(text))
+            return Piece(text, self._tokens_before(text), None, output.token_ids)
         text += self._matcher.flush()
         self._num_given += len(text)
         tokens = tuple(self._waiting)
         self._waiting.clear()
-        return Piece(text, tokens, output.finish_reason)
+        return Piece(text, tokens, output.finish_reason, output.token_ids)
 
     def _tokens_before(self, text: str) -> tuple[TokenEntry, ...]:
         """Tokens that begin in the text given so far, ``text`` included."""

@@ -18,23 +18,34 @@ class AnswerShape(ABC):
 
     Args:
         with_usage: chunks have a ``usage`` field, null in all but the usage chunk.
+        with_token_ids: choices have a ``token_ids`` field, as vLLM's have.
     """
 
     kind: str
     chunk_kind: str
 
     def __init__(
-        self, request_id: str, model: str, tokenizer: Tokenizer, *, with_logprobs: bool, with_usage: bool = False
+        self,
+        request_id: str,
+        model: str,
+        tokenizer: Tokenizer,
+        *,
+        with_logprobs: bool,
+        with_usage: bool = False,
+        with_token_ids: bool = False,
     ) -> None:
         self._common = {"id": request_id, "created": int(time.time()), "model": model}
         self._tokenizer = tokenizer
         self._with_logprobs = with_logprobs
         self._with_usage = with_usage
+        self._with_token_ids = with_token_ids
 
     def whole(self, pieces: Sequence[Piece], usage: dict[str, int]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
         tokens = [token for piece in pieces for token in piece.tokens]
         choice = {"index": 0, **self._message(text), "logprobs": self._logprobs(tokens), **_finish(pieces[-1])}
+        if self._with_token_ids:
+            choice["token_ids"] = [token_id for piece in pieces for token_id in piece.token_ids]
         return {**self._common, "object": self.kind, "choices": [choice], "usage": usage}
 
     def opening(self) -> list[dict[str, Any]]:
@@ -43,7 +54,10 @@ class AnswerShape(ABC):
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         logprobs = self._logprobs(piece.tokens) if piece.tokens else None
-        return self._chunk([{"index": 0, **self._delta(piece.text), "logprobs": logprobs, **_finish(piece)}])
+        choice = {"index": 0, **self._delta(piece.text), "logprobs": logprobs, **_finish(piece)}
+        if self._with_token_ids:
+            choice["token_ids"] = list(piece.token_ids)
+        return self._chunk([choice])
 
     def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
         return {**self._chunk([]), "usage": usage}

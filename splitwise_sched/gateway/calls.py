@@ -58,6 +58,20 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
+def _parse_stop(value: Any) -> tuple[str, ...]:
+    """One stop string, a list of them, or null."""
+    if value is None or isinstance(value, str):
+        return () if value is None else (value,)
+    if not isinstance(value, list) or len(value) > MAX_STOP_STRINGS:
+        what = f"a list of {len(value)}" if isinstance(value, list) else shown(value)
+        raise InvalidRequest(f"stop is {what}: it must be text, or at most {MAX_STOP_STRINGS} texts", param="stop")
+    for position, stop in enumerate(value):
+        if not isinstance(stop, str):
+            where = f"stop[{position}]"
+            raise InvalidRequest(f"{where} is {shown(stop)}: it must be text", param=where)
+    return tuple(value)
+
+
 class Call(_Body):
     """What both routes have in common."""
 
@@ -67,9 +81,10 @@ class Call(_Body):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: Annotated[tuple[str, ...], PlainValidator(_parse_stop)] = ()
     stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
     ignore_eos: bool = False
+    return_token_ids: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -88,7 +103,6 @@ class Call(_Body):
 
     def sampling(self, max_tokens: int) -> SamplingParams:
         """Raises InvalidRequest naming the field."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -96,7 +110,7 @@ class Call(_Body):
             # Some clients write "all" as -1.
             top_k=0 if self.top_k in (None, -1) else self.top_k,
             seed=self.seed,
-            stop=stop,
+            stop=self.stop,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
             logprobs=self.num_logprobs,

@@ -47,7 +47,7 @@ class Answer:
             piece = self._text.feed(output)
             if piece.finish_reason is not None:
                 self._timer.finished()
-            if piece.text or piece.tokens or piece.finish_reason is not None:
+            if piece.text or piece.tokens or piece.token_ids or piece.finish_reason is not None:
                 yield piece
             if piece.finish_reason is not None:
                 return
@@ -96,6 +96,7 @@ class CompletionService:
             model.tokenizer,
             with_logprobs=call.num_logprobs is not None,
             with_usage=call.include_usage,
+            with_token_ids=call.return_token_ids,
         )
         return Answer(stream, AnswerText(model.tokenizer, request.sampling.stop), shape, timer)
 
