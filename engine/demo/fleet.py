@@ -20,6 +20,7 @@ import httpx
 from splitwise_sched.embedded import EmbeddedServer, die_with_parent
 from splitwise_sched.errors import SplitwiseError, StoreUnavailable
 from splitwise_sched.records import InstanceRecord
+from splitwise_sched.setting_fields import ENV_PREFIX
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.store import Store
 
@@ -86,6 +87,8 @@ class Fleet:
         """``splitwise-sched <arguments>`` on this fleet's Redis and topic."""
         scheduler = ("--scheduler-host", self.redis.host, "--scheduler-port", str(self.redis.port))
         log = self.directory / f"{name}.log"
+        # A setting that its user exported is not meant for every member at once.
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX)}
         command = [sys.executable, die_with_parent.__file__, str(os.getpid()), sys.executable, "-m", "splitwise_sched"]
         with log.open("wb") as out:
             process = subprocess.Popen(
@@ -93,7 +96,7 @@ class Fleet:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+                env={**inherited, "OMP_NUM_THREADS": "1", **(env or {})},
             )
         self.members[name] = member = Member(name, process, log)
         return member

@@ -16,6 +16,8 @@ def generate_reference(
     model_path: Path | str, requests: Sequence[DemoRequest], dtype: str
 ) -> Iterator[tuple[int, ...]]:
     """Greedy output token ids of each request in turn, the end token included where it came."""
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
     model.eval()
     with torch.inference_mode():

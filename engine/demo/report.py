@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -95,17 +96,24 @@ def summary(rows: Sequence[Row], *, num_prefill: int, num_decode: int, redis_ser
 
 
 def print_table(console: Console, rows: Sequence[Row]) -> None:
-    table = Table(title="times in ms; TTFT and TPOT as the HTTP client saw them", title_justify="left")
-    for heading in ("request", "prefill on", "decode on", "lane"):
+    """Narrow enough for 80 columns; instances are p0, d1 ..., requests their number."""
+    table = Table(
+        title="P and D: instances; times in ms, TTFT and TPOT as the HTTP client saw them",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in ("#", "P", "D", "lane"):
         table.add_column(heading, no_wrap=True)
     for heading in ("in", "out", "queue", "prefill", "transfer", "decode", "TTFT", "TPOT", "KV kB"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("=", no_wrap=True)
     for row in rows:
         table.add_row(
-            row.answer.request.request_id,
-            row.instance("prefill"),
-            row.instance("decode"),
+            row.answer.request.request_id.rpartition("-")[2],
+            _short(row.instance("prefill")),
+            _short(row.instance("decode")),
             row.lane or "-",
             str(len(row.answer.request.prompt_token_ids)),
             str(len(row.answer.token_ids)),
@@ -116,6 +124,11 @@ def print_table(console: Console, rows: Sequence[Row]) -> None:
             "[green]✓[/]" if row.matches else "[red]✗[/]",
         )
     console.print(table)
+
+
+def _short(instance: str) -> str:
+    role, _, index = instance.partition("-")
+    return f"{role[:1]}{index}" if instance else "-"
 
 
 def print_summary(console: Console, found: Mapping[str, Any]) -> None:
