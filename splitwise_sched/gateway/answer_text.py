@@ -41,12 +41,16 @@ class Piece:
 class AnswerText:
     """Feed it a request's outputs in order.
 
+    Args:
+        ending_ids: tokens that end an answer without being part of its text, besides the tokenizer's own.
+
     Attributes:
         num_tokens: output tokens so far, also those that show no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str], ending_ids: Iterable[int] = ()) -> None:
         self.num_tokens = 0
+        self._ending_ids = frozenset((*tokenizer.eos_token_ids, *ending_ids))
         self._decoder = IncrementalDecoder(tokenizer)
         self._matcher = StopMatcher(stops)
         self._num_given = 0
@@ -62,7 +66,9 @@ class AnswerText:
             self.num_tokens += 1
             if position < len(output.logprobs):
                 self._waiting.append(TokenEntry(output.logprobs[position], self._decoder.num_chars))
-            pieces.append(self._decoder.push(token_id))
+            is_end = output.finish_reason is FinishReason.STOP and position == len(output.token_ids) - 1
+            if not (is_end and token_id in self._ending_ids):
+                pieces.append(self._decoder.push(token_id))
         if output.finish_reason is not None:
             pieces.append(self._decoder.flush())
         text = self._matcher.feed("".join(pieces))

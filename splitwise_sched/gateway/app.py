@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from splitwise_sched.errors import QueueFull, SplitwiseError
+from splitwise_sched.errors import InvalidRequest, QueueFull, SplitwiseError
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.gateway.answer_text import Piece
 from splitwise_sched.gateway.calls import Call, ChatCall, CompletionCall, parse_call
@@ -112,6 +112,7 @@ class _Routes:
         self._api_key = None if settings.api_key is None else settings.api_key.get_secret_value()
         self._service = CompletionService(frontend, ServedModels(frontend, settings.model), settings)
         self._metrics = GatewayMetrics()
+        self._started = int(time.time())
 
     # ---- completions ---------------------------------------------------------------------------------------------
 
@@ -124,7 +125,7 @@ class _Routes:
     def _completion(self, request: Request, route: str, kind: type[AnyCall]) -> _Completion:
         async def respond(timer: RequestTimer) -> Response:
             check_key(request, self._api_key)
-            request_id = check_id("request", request.state.request_id)
+            request_id = _checked_id(request.state.request_id)
             call = parse_call(kind, await read_body(request, self._max_body_bytes))
             submitting = self._service.submit(call, request_id, timer)
             if call.stream:
@@ -143,7 +144,16 @@ class _Routes:
             served = limits(await self._frontend.instances())
         except (ApiError, SplitwiseError) as exc:
             return _error_response(exc)
-        return json_response({"object": "list", "data": [_model_card(*item) for item in served.items()]})
+        return json_response({"object": "list", "data": [self._model_card(*item) for item in served.items()]})
+
+    def _model_card(self, name: str, max_model_len: int) -> dict[str, object]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "splitwise-sched",
+            "max_model_len": max_model_len,
+        }
 
     async def get_model(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -156,7 +166,7 @@ class _Routes:
                                param="model", code="model_not_found")  # fmt: skip
         except (ApiError, SplitwiseError) as exc:
             return _error_response(exc)
-        return json_response(_model_card(name, served[name]))
+        return json_response(self._model_card(name, served[name]))
 
     async def health(self, request: Request) -> Response:
         """200 when a request would find all that it needs; else 503, and what is missing."""
@@ -206,14 +216,11 @@ async def _events(answer: Answer, call: Call, completion: _Completion) -> AsyncG
         await answer.close()
 
 
-def _model_card(name: str, max_model_len: int) -> dict[str, object]:
-    return {
-        "id": name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "splitwise-sched",
-        "max_model_len": max_model_len,
-    }
+def _checked_id(request_id: str) -> str:
+    try:
+        return check_id("request", request_id)
+    except InvalidRequest as exc:
+        raise ApiError(400, str(exc), param="X-Request-Id") from exc
 
 
 def _as_api_error(exc: Exception) -> ApiError:

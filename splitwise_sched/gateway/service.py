@@ -98,7 +98,8 @@ class CompletionService:
             with_usage=call.include_usage,
             with_token_ids=call.return_token_ids,
         )
-        return Answer(stream, AnswerText(model.tokenizer, request.sampling.stop), shape, timer)
+        text = AnswerText(model.tokenizer, request.sampling.stop, request.sampling.stop_token_ids)
+        return Answer(stream, text, shape, timer)
 
     async def _tokenize(self, call: CompletionCall | ChatCall, model: ServedModel) -> list[int]:
         tokenizer = model.tokenizer

@@ -82,6 +82,15 @@ def test_half_a_character_at_the_end_is_marked(tokenizer: Tokenizer) -> None:
     assert not any("\ufffd" in piece.text for piece in pieces[:-1])
 
 
+@pytest.mark.parametrize("finish", [FinishReason.STOP, FinishReason.LENGTH])
+def test_a_token_that_ends_the_answer_is_no_part_of_it(finish: FinishReason, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("the f")
+    answer = AnswerText(tokenizer, [], ending_ids=[ids[-1]])
+    piece = answer.feed(Output("r", 1, 0, tuple(ids), finish_reason=finish))
+    assert piece.text == tokenizer.decode(ids[:-1] if finish is FinishReason.STOP else ids)
+    assert answer.num_tokens == len(ids)
+
+
 def test_a_token_that_is_no_text_is_labelled_by_its_bytes() -> None:
     assert token_label("é".encode()) == "é"
     assert token_label("é".encode()[:1]) == "bytes:\\xc3"
