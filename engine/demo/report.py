@@ -97,14 +97,15 @@ def summary(rows: Sequence[Row], *, num_prefill: int, num_decode: int, redis_ser
 
 def print_table(console: Console, rows: Sequence[Row]) -> None:
     """Narrow enough for 80 columns; instances are p0, d1 ..., requests their number."""
+    lanes = sorted({row.lane for row in rows})
     table = Table(
-        title="P and D: instances; times in ms, TTFT and TPOT as the HTTP client saw them",
+        title=f"P, D: instances; KV over {', '.join(lanes)}; times in ms, TTFT and TPOT at the HTTP client",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
     )
-    for heading in ("#", "P", "D", "lane"):
+    for heading in ("#", "P", "D", "lane") if len(lanes) > 1 else ("#", "P", "D"):
         table.add_column(heading, no_wrap=True)
     for heading in ("in", "out", "queue", "prefill", "transfer", "decode", "TTFT", "TPOT", "KV kB"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -114,7 +115,7 @@ def print_table(console: Console, rows: Sequence[Row]) -> None:
             row.answer.request.request_id.rpartition("-")[2],
             _short(row.instance("prefill")),
             _short(row.instance("decode")),
-            row.lane or "-",
+            *([row.lane or "-"] if len(lanes) > 1 else []),
             str(len(row.answer.request.prompt_token_ids)),
             str(len(row.answer.token_ids)),
             *(f"{value:.0f}" for value in row.times_ms.values()),
