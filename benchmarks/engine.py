@@ -127,14 +127,19 @@ def compare(report: Report, engine: EngineDriver, model: Any, row: Row, num_roun
     return [row.name, row.batch, row.num_prompt, row.num_output, f"{ours_s:.3f}", f"{theirs_s:.3f}", f"{ratio:.2f}"]
 
 
-def attention_cost(packing: str, kv_len: int, batch: int = 8, num_rounds: int = 30) -> float:
-    """CPU microseconds of decode attention in one layer, over a pool far larger than the caches."""
+def attention_cost(packing: str, kv_len: int, *, scattered: bool, batch: int = 8, num_rounds: int = 30) -> float:
+    """CPU microseconds of decode attention in one layer, over a pool far larger than the caches.
+
+    Args:
+        scattered: block tables as they are in a pool that has been in use for long, not as in a fresh one.
+    """
     num_layers, num_blocks, block_size, num_kv_heads, head_dim = 8, 1024, 16, 4, 64
     shape = {"num_blocks": num_blocks, "num_layers": num_layers, "block_size": block_size}
     storage = torch.randn(num_blocks * num_layers * 2 * block_size * num_kv_heads * head_dim)
     kv = PagedKV(storage, **shape, num_kv_heads=num_kv_heads, head_dim=head_dim, packing=packing)
     per_seq = kv_len // block_size
-    tables = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))[: batch * per_seq].view(batch, -1)
+    order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))
+    tables = (order if scattered else torch.arange(num_blocks))[: batch * per_seq].view(batch, -1)
     last = tables[:, -1]
     span = DecodeSpan(kv, 0, tables.tolist(), [kv_len] * batch)
     paged = PagedPass(kv, kv.write_index(last, torch.full_like(last, block_size - 1)), [span])
@@ -160,16 +165,19 @@ def main() -> None:
         path = make_tiny_model("llama", folder, vocab_size=8192, **MODEL)
         model = transformers.AutoModelForCausalLM.from_pretrained(path)
         model.generation_config.eos_token_id = None
-        engine = create(TransformersOptions(model=str(path), num_blocks=512, max_num_batched_tokens=2048))
+        engine = create(TransformersOptions(model=str(path), num_blocks=512, num_threads=1))
         lines = [compare(report, engine, model, row, num_rounds) for row in rows]
         engine.close()
     print(table(["work", "batch", "prompt", "output", "engine CPU s", "generate CPU s", "ratio"], lines))
     print()
     packings = []
-    for kv_len in (128, 512, 1024):
-        costs = {packing: attention_cost(packing, kv_len) for packing in ("block-major", "layer-major")}
-        report.runs.append({"attention_kv_len": kv_len, **{name: round(us, 1) for name, us in costs.items()}})
-        packings.append([f"8 x {kv_len} tokens", *(f"{us:.0f}" for us in costs.values())])
+    for kv_len, scattered in ((128, True), (128, False), (512, True), (512, False), (1024, True), (1024, False)):
+        costs = {p: attention_cost(p, kv_len, scattered=scattered) for p in ("block-major", "layer-major")}
+        report.runs.append(
+            {"attention_kv_len": kv_len, "scattered": scattered, **{name: round(us, 1) for name, us in costs.items()}}
+        )
+        blocks = "scattered" if scattered else "in order"
+        packings.append([f"8 x {kv_len} tokens, blocks {blocks}", *(f"{us:.0f}" for us in costs.values())])
     print(table(["decode attention, us a layer", "block-major", "layer-major"], packings))
     print()
     report.finish(args.json)

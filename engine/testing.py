@@ -50,9 +50,9 @@ _RECIPES: Mapping[str, _Recipe] = {
     "mistral": _Recipe("MistralConfig", {"sliding_window": SLIDING_WINDOW}),
     "gemma2": _Recipe(
         "Gemma2Config",
-        {**_ALTERNATING, "head_dim": 32, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0},
+        {**_ALTERNATING, "head_dim": 32, "query_pre_attn_scalar": 48, "attn_logit_softcapping": 5.0},
     ),
-    "gemma3": _Recipe("Gemma3TextConfig", {**_ALTERNATING, "head_dim": 32, "query_pre_attn_scalar": 32}),
+    "gemma3": _Recipe("Gemma3TextConfig", {**_ALTERNATING, "head_dim": 32, "query_pre_attn_scalar": 48}),
     "mixtral": _Recipe("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3-moe": _Recipe("Qwen3MoeConfig", {**_MOE, "num_experts": 4, "head_dim": 32}),
     "phi3": _Recipe("Phi3Config"),

@@ -108,8 +108,12 @@ class TransformersEngine(EngineDriver):
     def reserve(self, key: str, request: Request) -> tuple[int, ...] | None:
         num_tokens = request.num_input_tokens
         needed = num_blocks_for(num_tokens + 1, self._spec.block_size)
-        # A block of growth is left to each running sequence, or the newcomer would soon be preempted for it.
-        if needed + len(self._running) > self._allocator.num_free:
+        # A block of growth is left to each running sequence, or the newcomer would soon be preempted for it; and who
+        # was preempted comes back first, or newcomers could keep it waiting for ever.
+        spoken_for = len(self._running) + sum(
+            num_blocks_for(len(s.tokens), self._spec.block_size) for s in self._waiting if s.preempted
+        )
+        if needed + spoken_for > self._allocator.num_free:
             return None
         sequence = self._admit(key, request, Mode.FULL)
         sequence.blocks = self._allocator.allocate(needed)
@@ -161,6 +165,7 @@ class TransformersEngine(EngineDriver):
         for (sequence, _), chunk in zip(work, plan.chunks, strict=True):
             if not sequence.blocks:
                 self._waiting.remove(sequence)
+                sequence.preempted = False
                 bisect.insort(self._running, sequence, key=lambda s: s.arrival)
             sequence.blocks += self._allocator.allocate(chunk.num_new_blocks)
         batch = build_batch(self._kv, work, self._masks)
@@ -265,6 +270,7 @@ class TransformersEngine(EngineDriver):
         self._allocator.free(sequence.blocks)
         sequence.blocks = []
         sequence.num_computed = 0
+        sequence.preempted = True
         bisect.insort(self._waiting, sequence, key=lambda s: s.arrival)
         self._num_preempted += 1
 

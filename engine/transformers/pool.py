@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +29,7 @@ class EnginePool:
 
     layout: KVLayout
     kv: PagedKV
-    shared: Sequence[KVPool]
+    shared: tuple[KVPool, ...]
     max_model_len: int
 
     def close(self) -> None:
@@ -81,7 +80,7 @@ def allocate_pool(options: TransformersOptions, loaded: LoadedModel, shape: KVSh
         head_dim=layout.head_dim,
         packing=layout.packing,
     )
-    return EnginePool(layout, kv, shared, max_model_len)
+    return EnginePool(layout, kv, tuple(shared), max_model_len)
 
 
 def _max_model_len(options: TransformersOptions, loaded: LoadedModel, layout: KVLayout) -> int:

@@ -86,14 +86,12 @@ def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     cumulative = probs.double().cumsum(dim=-1)
     u = torch.tensor([uniform(d.seed, d.position) for d in draws], dtype=torch.float64, device=device).unsqueeze(1)
     # right=True: the first token whose cumulative probability exceeds u, so none of probability 0 is ever taken.
-    tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).squeeze(1)
-    return torch.minimum(tokens, _last_possible(probs)).tolist()
-
-
-def _last_possible(probs: torch.Tensor) -> torch.Tensor:
-    """[num_rows]: the last token of probability above 0; rounding of u times the sum may point past it."""
-    vocab_size = probs.shape[-1]
-    return vocab_size - 1 - (probs.flip(-1) > 0).int().argmax(dim=-1)
+    tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp_(max=probs.shape[-1] - 1)
+    if bool((probs.gather(1, tokens) == 0).any()):
+        # Rounding of u times the sum pointed past the last token that can be.
+        last_possible = probs.shape[-1] - 1 - (probs.flip(-1) > 0).int().argmax(dim=-1, keepdim=True)
+        tokens = torch.minimum(tokens, last_possible)
+    return tokens.squeeze(1).tolist()
 
 
 def _keep_top_k(logits: torch.Tensor, top_k: Sequence[int]) -> None:

@@ -18,6 +18,7 @@ class Sequence:
     num_computed: tokens with KV in the pool.
     blocks: the block table.
     num_reported_blocks: of them, already given out as ``BlocksReady``.
+    preempted: waits for the blocks that were taken from it.
     """
 
     key: str
@@ -29,6 +30,7 @@ class Sequence:
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
     num_reported_blocks: int = 0
+    preempted: bool = False
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt_token_ids, *self.request.emitted_token_ids]

@@ -218,6 +218,41 @@ def test_reserved_blocks_are_never_preempted(model_dir: Path, engine: EngineDriv
         tight.close()
 
 
+def test_prefill_run_is_never_preempted_because_a_transfer_may_be_reading_its_blocks(
+    model_dir: Path, engine: EngineDriver
+) -> None:
+    older, newer = greedy(random_prompt(30), 60, "older"), greedy(random_prompt(90), request_id="newer")
+    expected = run(engine, [older])["older"].tokens
+    # The newer one computes 3 tokens a step while the older one generates, and needs 30 steps.
+    tight = engine_on(model_dir, num_blocks=9, max_num_seqs=2, max_num_batched_tokens=4)
+    tokens: list[int] = []
+    reported: list[int] = []
+
+    def run_until_it_rests() -> None:
+        while tight.has_work():
+            for event in tight.step():
+                if isinstance(event, BlocksReady):
+                    reported.extend(event.block_ids)
+                elif event.key == "older":
+                    tokens.extend(event.token_ids)
+
+    try:
+        tight.submit("older", older, Mode.FULL)
+        for _ in range(7):
+            assert step(tight) == []
+        tight.submit("newer", newer, Mode.PREFILL)
+        run_until_it_rests()
+        # Only the newer one could give the older one its next block; it is done, without having moved.
+        assert len(set(reported)) == len(reported) == 6
+        assert len(tokens) == 3 * BLOCK_SIZE - len(older.prompt_token_ids) + 1
+        assert tight.load().num_preempted_total == 0
+        tight.release("newer")
+        run_until_it_rests()
+        assert tokens == expected
+    finally:
+        tight.close()
+
+
 def test_decode_request_that_was_preempted_is_computed_again_from_its_tokens(
     model_dir: Path, engine: EngineDriver
 ) -> None:
@@ -228,6 +263,36 @@ def test_decode_request_that_was_preempted_is_computed_again_from_its_tokens(
         results, _ = run_disaggregated(engine, tight, requests)
         assert results == expected
         assert tight.load().num_preempted_total > 0
+    finally:
+        tight.close()
+
+
+def test_preempted_request_gets_its_blocks_back_before_newcomers_get_any(model_dir: Path, engine: EngineDriver) -> None:
+    requests = [greedy(random_prompt(length), 60, f"d{length}") for length in (30, 31)]
+    expected = run(engine, requests)
+    tight = engine_on(model_dir, num_blocks=6)
+    tokens: dict[str, list[int]] = {"d30": [], "d31": []}
+
+    def advance() -> None:
+        for event in step(tight):
+            assert isinstance(event, TokensOut)
+            tokens[event.key] += event.token_ids
+
+    try:
+        for request in requests:
+            tight.submit(request.request_id, request, Mode.FULL)
+        while not tight.load().num_preempted_total:
+            advance()
+        # There is one for the newcomer, and one of growth for the sequence that runs.
+        assert tight.load().num_free_blocks == 2
+        while tight.load().num_running:
+            assert tight.reserve("newcomer", greedy(random_prompt(1))) is None
+            advance()
+        assert tight.load().num_waiting == 1
+        assert tight.reserve("newcomer", greedy(random_prompt(1))) is not None
+        while tight.has_work():
+            advance()
+        assert tokens == {key: result.tokens for key, result in expected.items()}
     finally:
         tight.close()
 
@@ -378,3 +443,15 @@ def test_bfloat16_runs_and_its_kv_takes_half_the_memory(model_dir: Path, engine:
         assert all(len(result.tokens) == 24 for result in results.values())
     finally:
         half.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_mixed_engine_on_a_gpu_computes_what_it_does_on_the_cpu(model_dir: Path, engine: EngineDriver) -> None:
+    requests = [greedy(random_prompt(length)) for length in (1, 20, 50, 70)] + SAMPLED
+    on_gpu = engine_on(model_dir, device="cuda")
+    try:
+        assert on_gpu.kv_pools == ()
+        assert run(on_gpu, requests) == run(engine, requests)
+    finally:
+        on_gpu.close()

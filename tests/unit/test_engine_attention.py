@@ -24,7 +24,7 @@ from engine.transformers.spans import (  # noqa: E402
     group_by_length,
 )
 
-NUM_LAYERS, NUM_KV_HEADS, NUM_HEADS, NUM_BLOCKS = 3, 2, 6, 256
+NUM_LAYERS, NUM_KV_HEADS, NUM_HEADS, NUM_BLOCKS = 3, 2, 6, 512
 
 
 @dataclass(frozen=True)

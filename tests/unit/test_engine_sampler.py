@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
+from engine.transformers import sampler  # noqa: E402
 from engine.transformers.sampler import Draw, Sampled, sample, seed_of, uniform  # noqa: E402
 from splitwise_sched.types import SamplingParams  # noqa: E402
 
@@ -80,6 +81,16 @@ def test_nucleus_wider_than_the_first_look_is_found_all_the_same() -> None:
     tokens = {choose(logits, [draw(0, i, temperature=1.0, top_p=0.999)])[0] for i in range(2000)}
     assert max(tokens) < 4000
     assert len(tokens) > 1000
+
+
+@pytest.mark.parametrize(("u", "expected"), [(0.0, 3), (1 - 2**-53, 6)])
+def test_token_of_probability_zero_is_not_drawn_at_either_end(
+    monkeypatch: pytest.MonkeyPatch, u: float, expected: int
+) -> None:
+    monkeypatch.setattr(sampler, "uniform", lambda seed, position: u)
+    logits = torch.full((1, 10), float("-inf"))
+    logits[0, 3:7] = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    assert choose(logits, [draw(temperature=1.0)]) == [expected]
 
 
 def test_frequencies_follow_the_probabilities() -> None:

@@ -95,7 +95,7 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
         num_tokens = draw(st.integers(1, 30))
         num_computed = draw(st.integers(1, num_tokens)) - 1
         held = num_blocks_for(num_tokens, BLOCK_SIZE)
-        if num_computed == num_tokens - 1 and draw(st.booleans()):
+        if 1 <= num_computed == num_tokens - 1 and draw(st.booleans()):
             held = num_blocks_for(num_computed, BLOCK_SIZE)
         running.append(Candidate(f"r{i}", num_tokens, num_computed, held, draw(st.booleans())))
     waiting = [prompt(f"w{i}", draw(st.integers(1, 30))) for i in range(draw(st.integers(0, 4)))]
