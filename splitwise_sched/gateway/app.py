@@ -36,6 +36,7 @@ from splitwise_sched.gateway.metrics import GatewayMetrics, RequestTimer
 from splitwise_sched.gateway.models import ServedModels, limits, missing_roles
 from splitwise_sched.gateway.service import Answer, CompletionService
 from splitwise_sched.gateway.settings import GatewaySettings
+from splitwise_sched.tokenizer import Tokenizer
 from splitwise_sched.types import check_id
 
 logger = logging.getLogger(__name__)
@@ -46,14 +47,13 @@ _OUTCOMES = {400: "invalid", 401: "unauthorized", 404: "not_found", 408: "invali
 AnyCall = TypeVar("AnyCall", CompletionCall, ChatCall)
 
 
-def create_app(frontend: FrontEnd, settings: GatewaySettings) -> ASGIApp:
+def create_app(frontend: FrontEnd, settings: GatewaySettings, tokenizer: Tokenizer | None) -> ASGIApp:
     """
     Args:
         frontend: started; the caller closes it after the last request.
-    Raises:
-        ConfigError: ``settings.model`` holds no tokenizer.
+        tokenizer: the one in ``settings.model``.
     """
-    routes = _Routes(frontend, settings)
+    routes = _Routes(frontend, settings, tokenizer)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", routes.chat_completions, methods=["POST"]),
@@ -106,11 +106,11 @@ class _Completion:
 
 
 class _Routes:
-    def __init__(self, frontend: FrontEnd, settings: GatewaySettings) -> None:
+    def __init__(self, frontend: FrontEnd, settings: GatewaySettings, tokenizer: Tokenizer | None) -> None:
         self._frontend = frontend
         self._max_body_bytes = settings.max_body_bytes
         self._api_key = None if settings.api_key is None else settings.api_key.get_secret_value()
-        self._service = CompletionService(frontend, ServedModels(frontend, settings.model), settings)
+        self._service = CompletionService(frontend, ServedModels(frontend, tokenizer), settings)
         self._metrics = GatewayMetrics()
         self._started = int(time.time())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from splitwise_sched.errors import ConfigError
 from splitwise_sched.frontend import FrontEnd
@@ -49,14 +48,12 @@ class ServedModels:
     """Finds models by name.
 
     Args:
-        tokenizer_dir: the tokenizer of every model, whatever the instances name; read at once.
-    Raises:
-        ConfigError: ``tokenizer_dir`` holds no tokenizer that can be read.
+        tokenizer: that of every model, whatever the instances name.
     """
 
-    def __init__(self, frontend: FrontEnd, tokenizer_dir: Path | None) -> None:
+    def __init__(self, frontend: FrontEnd, tokenizer: Tokenizer | None) -> None:
         self._frontend = frontend
-        self._given = None if tokenizer_dir is None else Tokenizer.from_pretrained_dir(tokenizer_dir)
+        self._given = tokenizer
         self._tokenizers: dict[str, Tokenizer] = {}
         self._loading = asyncio.Lock()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.gateway.app import create_app
 from splitwise_sched.gateway.settings import GatewaySettings
 from splitwise_sched.settings import SchedulerSettings
+from splitwise_sched.tokenizer import Tokenizer
 
 BACKLOG = 2048
 # Longer than the pools of usual clients keep a connection, so that it is not closed under a request.
@@ -38,10 +40,12 @@ class GatewayServer:
             ConfigError: the address cannot be listened on, or the tokenizer is not usable.
             StoreUnavailable, StoreUnsuitable: see FrontEnd.start.
         """
+        directory = self._settings.model
+        tokenizer = None if directory is None else Tokenizer.from_pretrained_dir(directory)
         with contextlib.closing(_listen(self._settings.host, self._settings.port)) as listener:
             async with FrontEnd(self._scheduler, name="gateway") as frontend:
                 config = uvicorn.Config(
-                    create_app(frontend, self._settings),
+                    create_app(frontend, self._settings, tokenizer),
                     lifespan="off",
                     ws="none",
                     access_log=False,
@@ -91,10 +95,13 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as exc:
-        raise ConfigError(
-            f"cannot listen on port {port} of {host!r} ({exc.strerror or exc}): another program may have it; choose "
-            "another with --port (0 takes any that is free), or another address with --host"
-        ) from exc
+        if exc.errno == errno.EADDRINUSE:
+            why, remedy = "another program listens there", "choose another port with --port; 0 takes any that is free"
+        elif exc.errno == errno.EACCES:
+            why, remedy = "this user may not", "choose a port above 1023 with --port"
+        else:
+            why, remedy = exc.strerror or str(exc), "give --host an address of this machine, or 0.0.0.0 for all"
+        raise ConfigError(f"cannot listen on port {port} of {host!r} ({why}): {remedy}") from exc
 
 
 def _url(listener: socket.socket) -> str:

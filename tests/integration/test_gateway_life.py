@@ -155,9 +155,15 @@ async def test_a_gateway_that_ends_cancels_what_does_not_finish_in_time(
 async def test_a_port_that_is_taken_is_named(redis_server: RedisServer, topic: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"port {port} of '127.0.0.1'.*--port"):
+        with pytest.raises(ConfigError, match=rf"port {port} of '127.0.0.1' \(another program.*--port"):
             async with gateway(scheduler_settings(redis_server, topic), port=port):
                 raise AssertionError("it listens")
+
+
+async def test_an_address_of_another_machine_is_named(redis_server: RedisServer, topic: str) -> None:
+    with pytest.raises(ConfigError, match=r"'192\.0\.2\.1'.*--host"):
+        async with gateway(scheduler_settings(redis_server, topic), host="192.0.2.1"):
+            raise AssertionError("it listens")
 
 
 async def test_a_directory_without_tokenizer_is_named(redis_server: RedisServer, topic: str, tmp_path: Path) -> None:
