@@ -290,6 +290,7 @@ def test_preempted_request_gets_its_blocks_back_before_newcomers_get_any(model_d
             advance()
         assert tight.load().num_waiting == 1
         assert tight.reserve("newcomer", greedy(random_prompt(1))) is not None
+        tight.abort("newcomer")
         while tight.has_work():
             advance()
         assert tokens == {key: result.tokens for key, result in expected.items()}
