@@ -42,7 +42,7 @@ class TransferOptions:
     silence_s: float = 3.0
     drain_s: float = 1.0
     max_inflight: int = 4096
-    chunk_bytes: int = 4 << 20
+    chunk_bytes: int = 8 << 20
     window_chunks: int = 4
     tcp_streams: int = 1
 

@@ -16,13 +16,14 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kv_transfer.copying import BlockCopier
 from kv_transfer.endpoint import Offer, RankEndpoint
 from kv_transfer.errors import TransportFailed
 from kv_transfer.identity import host_id
 from kv_transfer.leases import LeaseTable
 from kv_transfer.memory import TRAILER, TRAILER_MAGIC, ByteArray, KVPool, trailer_offset
 from kv_transfer.options import TransferOptions
-from kv_transfer.plan import IntArray, PairPlan, merge_runs
+from kv_transfer.plan import IntArray, PairPlan
 from kv_transfer.transports.base import Cancelled, Fetched, Link, LinkDown, LinkUp, Post, Transport
 
 _CLOSE_TIMEOUT_S = 5.0
@@ -103,8 +104,8 @@ class _ShmLink(Link):
         self._post = post
         self._peer = peer
         self._plan = plan
-        self._dst = plan.dst_rows(pool)
-        self._src: ByteArray | None = None
+        self._pool = pool
+        self._blocks: BlockCopier | None = None
         self._cancelled: set[bytes] = set()
         self._closed = False
         self.is_down = False
@@ -131,16 +132,15 @@ class _ShmLink(Link):
             return
         layout = self._peer.layout
         blocks = np.frombuffer(mapping, np.uint8, layout.pool_bytes).reshape(layout.num_blocks, layout.block_bytes)
-        self._src = self._plan.src_rows(blocks)
+        if self._plan.width:
+            self._blocks = BlockCopier(self._plan, blocks, self._pool)
         self._post(LinkUp(self))
 
     def _copy(self, chunk_id: int, token: bytes, src_ids: IntArray, dst_ids: IntArray) -> None:
-        if token in self._cancelled or self._src is None or self._closed:
+        if self._blocks is None:
             return
-        src, dst = self._src, self._dst
-        for src_id, dst_id, count in merge_runs(src_ids, dst_ids):
-            dst[dst_id : dst_id + count] = src[src_id : src_id + count]
-        self._post(Fetched(self, chunk_id))
+        if self._blocks.copy(src_ids, dst_ids, lambda: token in self._cancelled or self._closed):
+            self._post(Fetched(self, chunk_id))
 
     def _confirm_cancel(self, token: bytes) -> None:
         self._cancelled.discard(token)
@@ -148,8 +148,8 @@ class _ShmLink(Link):
             self._post(Cancelled(self, token))
 
     def _unmap(self, reason: str) -> None:
-        # The array is the mapping's only user: with it the mapping goes.
-        self._src = None
+        # Its arrays are the mapping's only users: with them the mapping goes.
+        self._blocks = None
         if not self.is_down:
             self.is_down = True
             self._post(LinkDown(self, reason))

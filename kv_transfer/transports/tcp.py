@@ -1,8 +1,7 @@
 """TCP between hosts: the destination asks for blocks, the source streams them, the destination itself writes them.
 
-On the way out blocks go from the pool's file to the socket without a copy (sendfile); on the way in, from the socket
-into the pool. What sendfile has queued refers to the pool's pages, so bytes of a source that aborts may still change
-on their way: they are never confirmed, and so never reported as received.
+Blocks go from the pool into the socket, and from the socket into the pool, with no buffer in between unless heads are
+sliced. One thread of each messenger carries all its connections.
 """
 
 from __future__ import annotations

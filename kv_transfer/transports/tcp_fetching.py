@@ -13,11 +13,10 @@ import numpy as np
 
 from kv_transfer.memory import KVPool
 from kv_transfer.plan import IntArray, PairPlan, merge_runs
+from kv_transfer.transports.tcp_buffers import Buffers
 from kv_transfer.transports.tcp_loop import Channel, ConnectionLost
 from kv_transfer.transports.tcp_wire import MAGIC, PREFACE, REQUEST, RESPONSE, STATUS_OK, STATUS_REFUSED
 
-# Buffers in one recvmsg_into; the kernel's limit is 1024.
-MAX_IOVECS = 512
 TURN_BYTES = 8 << 20
 _SCRATCH_BYTES = 1 << 20
 
@@ -31,22 +30,21 @@ class _Request:
         self.discarded = False
         self._pool, self._plan, self._dst_ids = pool, plan, dst_ids
         self._gathered: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | None = None
-        self._views: list[memoryview] | None = None
-        self._next = 0
+        self._targets: Buffers | None = None
 
     def discard(self) -> None:
         """Write no more into the pool; the rest of the bytes is read and dropped."""
         self.discarded = True
-        self._views = self._gathered = None
+        self._targets = self._gathered = None
 
     def receive(self, sock: socket.socket, scratch: memoryview) -> int:
         """Take some bytes off the socket. Raises BlockingIOError when there are none."""
         if self.discarded:
             received = sock.recv_into(scratch[: min(self.left, len(scratch))])
         else:
-            if self._views is None:
-                self._views = self._targets()
-            received = self._receive_into(sock, self._views)
+            if self._targets is None:
+                self._targets = Buffers(self._blocks())
+            received = self._targets.receive(sock)
         if not received:
             raise ConnectionLost("closed by the peer")
         self.left -= received
@@ -56,9 +54,9 @@ class _Request:
         """All bytes are here: put them where they belong, if they are not."""
         if self._gathered is not None:
             self._plan.dst_rows(self._pool.as_array())[self._dst_ids] = self._gathered
-        self._views = self._gathered = None
+        self._targets = self._gathered = None
 
-    def _targets(self) -> list[memoryview]:
+    def _blocks(self) -> list[memoryview]:
         plan = self._plan
         if not plan.is_whole_block:
             self._gathered = np.empty((len(self._dst_ids), plan.num_rows, plan.width), np.uint8)
@@ -66,20 +64,6 @@ class _Request:
         blocks, size = self._pool.buffer, plan.dst_row_bytes
         merged = merge_runs(np.arange(len(self._dst_ids), dtype=np.int64), self._dst_ids)
         return [blocks[first * size : (first + count) * size] for _, first, count in merged]
-
-    def _receive_into(self, sock: socket.socket, views: list[memoryview]) -> int:
-        # One long buffer is the common case, and recv_into is the cheaper call.
-        window = views[self._next : self._next + MAX_IOVECS]
-        received = sock.recv_into(window[0]) if len(window) == 1 else sock.recvmsg_into(window)[0]
-        left = received
-        while left:
-            view = views[self._next]
-            if len(view) > left:
-                views[self._next] = view[left:]
-                break
-            left -= len(view)
-            self._next += 1
-        return received
 
 
 class FetchingChannel(Channel):
