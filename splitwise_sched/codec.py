@@ -15,6 +15,7 @@ from splitwise_sched.types import Request, SamplingParams
 BODY_VERSION = 1
 MAX_BODY_BYTES = 8 << 20
 MAX_TOKEN_ID = 2**32 - 1
+MAX_METADATA_ITEMS = 1 << 20
 
 _SAMPLING_TYPES: dict[str, tuple[type, ...]] = {
     "max_tokens": (int,),
@@ -30,7 +31,7 @@ _SAMPLING_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def encode_request(request: Request) -> bytes:
-    """Raises InvalidRequest when the body would be larger than MAX_BODY_BYTES."""
+    """Raises InvalidRequest: it takes more than MAX_BODY_BYTES, or its metadata is not made of JSON values."""
     body: bytes = msgpack.packb(
         {
             "v": BODY_VERSION,
@@ -40,11 +41,13 @@ def encode_request(request: Request) -> bytes:
             "emitted": _pack_ids(request.emitted_token_ids),
             "sampling": asdict(request.sampling),
             "timeout_s": request.timeout_s,
+            "metadata": _pack_metadata(request),
         }
     )
     if len(body) > MAX_BODY_BYTES:
         raise InvalidRequest(
-            f"request {request.request_id} takes {len(body)} bytes, more than {MAX_BODY_BYTES}: shorten its prompt",
+            f"request {request.request_id} takes {len(body)} bytes, more than {MAX_BODY_BYTES}: shorten its prompt, or "
+            "what it carries along",
             param="prompt",
         )
     return body
@@ -77,6 +80,7 @@ def decode_request(body: bytes) -> Request:
         emitted_token_ids=_unpack_ids(raw, "emitted"),
         sampling=_sampling(raw.get("sampling")),
         timeout_s=timeout,
+        metadata=_unpack_metadata(raw.get("metadata", b"")),
     )
 
 
@@ -102,6 +106,35 @@ def _sampling(raw: object) -> SamplingParams:
     if not all(isinstance(t, int) for t in fields["stop_token_ids"]):
         raise InvalidRequest("stop_token_ids in a request body holds something that is no token id", param="stop")
     return SamplingParams(**fields)
+
+
+def _pack_metadata(request: Request) -> bytes:
+    """Packed by itself: what it may hold is bounded otherwise than the body around it."""
+    if not request.metadata:
+        return b""
+    try:
+        packed: bytes = msgpack.packb(dict(request.metadata))
+    except (TypeError, ValueError, OverflowError) as exc:
+        raise InvalidRequest(
+            f"metadata of request {request.request_id} is not made of JSON values: {exc}", param="metadata"
+        ) from exc
+    return packed
+
+
+def _unpack_metadata(packed: object) -> dict[str, Any]:
+    if packed == b"":
+        return {}
+    if not isinstance(packed, bytes):
+        raise InvalidRequest(f"metadata in a request body is {type(packed).__name__}, not packed bytes")
+    try:
+        metadata = msgpack.unpackb(
+            packed, raw=False, strict_map_key=True, max_map_len=MAX_METADATA_ITEMS, max_array_len=MAX_METADATA_ITEMS
+        )
+    except (ValueError, msgpack.UnpackException, UnicodeDecodeError) as exc:
+        raise InvalidRequest(f"metadata in a request body is not readable msgpack: {exc}") from exc
+    if not isinstance(metadata, dict) or not all(isinstance(key, str) for key in metadata):
+        raise InvalidRequest("metadata in a request body is not a map with text as keys")
+    return metadata
 
 
 def _pack_ids(token_ids: tuple[int, ...]) -> bytes:

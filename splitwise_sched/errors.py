@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class SplitwiseError(Exception):
     """Base of all; ``str(exc)`` is one paragraph for the user.
@@ -82,8 +85,12 @@ class Fenced(SplitwiseError):
 
 
 class RequestFailed(SplitwiseError):
-    """A request that ended without its answer; raised to whoever reads its stream."""
+    """A request that ended without its answer; raised to whoever reads its stream.
 
-    def __init__(self, request_id: str, reason: str, detail: str) -> None:
+    Attributes:
+        extra: see Output.extra; None when no instance ended it.
+    """
+
+    def __init__(self, request_id: str, reason: str, detail: str, *, extra: Mapping[str, Any] | None = None) -> None:
         super().__init__(f"request {request_id} {reason}: {detail}")
-        self.request_id, self.reason, self.detail = request_id, reason, detail
+        self.request_id, self.reason, self.detail, self.extra = request_id, reason, detail, extra

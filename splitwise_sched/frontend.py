@@ -72,7 +72,7 @@ class OutputStream(AsyncIterator[Output]):
             self._over = True
             if item.finish_reason in BAD_ENDS:
                 reason = BAD_ENDS[item.finish_reason]
-                raise RequestFailed(self.request_id, reason, item.detail or "no reason was given")
+                raise RequestFailed(self.request_id, reason, item.detail or "no reason was given", extra=item.extra)
         return item
 
     async def aclose(self) -> None:

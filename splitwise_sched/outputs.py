@@ -1,7 +1,8 @@
 """Outputs as text in a front end's stream: one field a request, one entry an engine step.
 
 ``<epoch>:<index>:<token id> <token id> ...[:<JSON>]``, where the JSON object holds what is rarely there: logprobs, how
-the request ended, what was measured. An instance's loss is told in the same stream, as ``{"lost": "<why>"}``.
+the request ended, what was measured, what an embedding program added. An instance's loss is told in the same stream, as
+``{"lost": "<why>"}``.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def encode_output(output: Output) -> str:
             extra["detail"] = output.detail
         if output.stats:
             extra["stats"] = dict(output.stats)
+    if output.extra is not None:
+        extra["extra"] = dict(output.extra)
     return f"{text}:{json.dumps(extra, separators=(',', ':'))}" if extra else text
 
 
@@ -59,6 +62,7 @@ def decode_output(request_id: str, value: str) -> Output | Lost:
         finish = extra.get("finish")
         stop = extra.get("stop")
         stats = extra.get("stats")
+        more = extra.get("extra")
         return Output(
             request_id=request_id,
             epoch=int(epoch),
@@ -69,6 +73,7 @@ def decode_output(request_id: str, value: str) -> Output | Lost:
             stop_reason=stop if isinstance(stop, (str, int)) else None,
             detail=None if extra.get("detail") is None else str(extra["detail"]),
             stats=stats if isinstance(stats, dict) else None,
+            extra=more if isinstance(more, dict) else None,
         )
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as exc:
         raise MalformedOutput(f"output of {request_id} is not readable: {value[:200]!r} ({exc})") from exc

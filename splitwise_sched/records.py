@@ -90,11 +90,16 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class PrefillAssigned:
-    """This instance computes the prompt; ``decode_instance`` is its own id when it also goes on with the request."""
+    """This instance computes the prompt; ``decode_instance`` is its own id when it also goes on with the request.
+
+    Attributes:
+        decode_fields: the lease record of another decode instance, {} when that has just lapsed, or is this one's own.
+    """
 
     request: Request
     epoch: int
     decode_instance: str
+    decode_fields: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from splitwise_sched.errors import InvalidRequest
 
@@ -113,6 +114,8 @@ class Request:
         emitted_token_ids: output tokens that an earlier run of this request already gave to its user; the engine
             computes them as if they were prompt, and its first new token has output index ``len(emitted_token_ids)``.
         timeout_s: from submit to the last token; the front end's default when None.
+        metadata: what an embedding program wants to find again at its engine: JSON values, carried and not looked at;
+            the bounds are codec.py's.
     """
 
     request_id: str
@@ -121,6 +124,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     emitted_token_ids: tuple[int, ...] = ()
     timeout_s: float | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         check_id("request", self.request_id)
@@ -157,6 +161,7 @@ class Output:
         stop_reason: the stop string or token id that matched.
         detail: why it ended, for the user, when it ended badly.
         stats: what the instance measured (``prefill_s``, ``transfer_s``, ``kv_bytes``, ``lane`` ...), on the last.
+        extra: what an embedding program wants to find again at its front end: JSON values, carried and not looked at.
     """
 
     request_id: str
@@ -168,3 +173,4 @@ class Output:
     stop_reason: str | int | None = None
     detail: str | None = None
     stats: Mapping[str, float | int | str] | None = None
+    extra: Mapping[str, Any] | None = None

@@ -13,6 +13,12 @@ from splitwise_sched.outputs import Lost, MalformedOutput, decode_output, encode
 from splitwise_sched.types import FinishReason, Output, Request, SamplingParams, TokenLogprob
 
 token_ids = st.integers(0, 2**32 - 1)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=8,
+)
+json_maps = st.dictionaries(st.text(max_size=8), json_values, max_size=5)
 samplings = st.builds(
     SamplingParams,
     max_tokens=st.integers(1, 10**6),
@@ -33,6 +39,7 @@ requests = st.builds(
     sampling=samplings,
     emitted_token_ids=st.lists(token_ids, max_size=20).map(tuple),
     timeout_s=st.none() | st.floats(0.1, 1e6),
+    metadata=json_maps,
 )
 logprobs = st.floats(-100, 0)
 outputs = st.builds(
@@ -46,6 +53,7 @@ outputs = st.builds(
         max_size=4,
     ).map(tuple),
     finish_reason=st.none(),
+    extra=st.none() | json_maps,
 )
 
 
@@ -96,6 +104,9 @@ def test_bytes_that_are_no_body_are_refused_never_another_error(body):
         ("sampling", {"max_tokens": -1}, "max_tokens is -1: it must be 1 or more"),
         ("sampling", {"max_tokens": "9"}, "max_tokens in a request body is '9'"),
         ("sampling", {"unknown": 1}, "not a map of the known parameters"),
+        ("metadata", [1], "metadata in a request body is list, not packed bytes"),
+        ("metadata", b"\x91" * 5000, "metadata in a request body is not readable msgpack"),
+        ("metadata", b"\x81\xc4\x01a\x01", "not a map with text as keys"),
         ("timeout_s", "soon", "timeout_s in a request body is 'soon'"),
     ],
 )
@@ -111,3 +122,12 @@ def test_body_beyond_the_limit_is_refused_on_both_sides():
         encode_request(Request("r", "m", tuple([7] * (MAX_BODY_BYTES // 4 + 1))))
     with pytest.raises(InvalidRequest, match="larger than"):
         decode_request(b"\x00" * (MAX_BODY_BYTES + 1))
+
+
+def test_metadata_that_is_not_made_of_json_values_is_refused_before_it_is_sent():
+    with pytest.raises(
+        InvalidRequest, match=r"metadata of request r is not made of JSON values: can not serialize 'set'"
+    ):
+        encode_request(Request("r", "m", (1,), metadata={"ids": {1, 2}}))
+    with pytest.raises(InvalidRequest, match="not made of JSON values"):
+        encode_request(Request("r", "m", (1,), metadata={"n": 1 << 64}))
