@@ -67,6 +67,7 @@ class InstanceSession:
         self._load: dict[str, int | float | str] = {}
         self._alive_at = 0.0
         self._frontends: dict[tuple[str, int], str] = {}
+        self._peers: dict[str, Mapping[str, str]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._supervisor: asyncio.Task[None] | None = None
         self._lost: asyncio.Future[str] | None = None
@@ -271,13 +272,14 @@ class InstanceSession:
         waiting = [by_id[a.request_id] for a in answers if a.verdict == "WAIT"]
         bound = [a for a in answers if a.verdict == "BOUND"]
         bodies = await self.store.bodies([a.request_id for a in bound])
-        for answer, body in zip(bound, bodies, strict=True):
+        peers = [await self._fields_of(a.decode_instance) for a in bound]
+        for answer, body, decode_fields in zip(bound, bodies, peers, strict=True):
             claim = by_id[answer.request_id]
             self._frontends[(claim.request_id, claim.epoch)] = answer.frontend_id
             request = self._open(claim.request_id, claim.epoch, body)
             if request is not None:
                 self._room -= 1
-                self._emit(PrefillAssigned(request, claim.epoch, answer.decode_instance))
+                self._emit(PrefillAssigned(request, claim.epoch, answer.decode_instance, decode_fields))
         if self._room <= 0:
             self._has_room.clear()
         return waiting
@@ -290,14 +292,13 @@ class InstanceSession:
         inbox = self.store.keys.inbox(self.instance_id)
         control = self.store.keys.control(self.instance_id)
         positions = {inbox: "0-0", control: "0-0"}
-        prefills: dict[str, Mapping[str, str]] = {}
         while True:
             try:
                 entries = await reader.read(positions, BLOCK_MS, 256)
                 # An inbox entry is seen before the word to drop it.
                 for key, entry_id, fields in sorted(entries, key=lambda e: e[0] != inbox):
                     if key == inbox:
-                        await self._take_in(fields, prefills)
+                        await self._take_in(fields)
                     elif "drop" in fields and fields.get("epoch", "").isdigit():
                         self._drop(fields["drop"], int(fields["epoch"]), fields.get("why", ""))
                     positions[key] = entry_id
@@ -305,24 +306,33 @@ class InstanceSession:
                 logger.warning("%s", exc)
                 await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
 
-    async def _take_in(self, fields: Mapping[str, str], prefills: dict[str, Mapping[str, str]]) -> None:
+    async def _take_in(self, fields: Mapping[str, str]) -> None:
         request_id, prefill, epoch_text = fields.get("id", ""), fields.get("prefill", ""), fields.get("epoch", "")
         if not request_id or not epoch_text.isdigit() or prefill == self.instance_id:
             return
         epoch = int(epoch_text)
         self._frontends[(request_id, epoch)] = fields.get("frontend", "")
-        if prefill not in prefills:
-            record = await self.store.instance_fields(prefill)
-            if not record:
-                # Its lease has lapsed; whoever reaps it takes this run back.
-                self._frontends.pop((request_id, epoch))
-                return
-            if len(prefills) > 1024:
-                prefills.clear()
-            prefills[prefill] = record
+        prefill_fields = await self._fields_of(prefill)
+        if not prefill_fields:
+            # Its lease has lapsed; whoever reaps it takes this run back.
+            self._frontends.pop((request_id, epoch))
+            return
         request = self._open(request_id, epoch, (await self.store.bodies([request_id]))[0])
         if request is not None:
-            self._emit(DecodeAssigned(request, epoch, prefill, prefills[prefill]))
+            self._emit(DecodeAssigned(request, epoch, prefill, prefill_fields))
+
+    async def _fields_of(self, instance_id: str) -> Mapping[str, str]:
+        """Lease record of another instance, {} when it lapsed; what does not change in it may be some time old."""
+        if instance_id == self.instance_id:
+            return {}
+        fields = self._peers.get(instance_id)
+        if fields is None:
+            fields = await self.store.instance_fields(instance_id)
+            if len(self._peers) > 1024:
+                self._peers.clear()
+            if fields:
+                self._peers[instance_id] = fields
+        return fields
 
     def _open(self, request_id: str, epoch: int, body: bytes | None) -> Request | None:
         if body is None:
