@@ -12,13 +12,15 @@ from splitwise_sched.types import Request
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Attributes:
-    arrival: orders sequences by age; smaller is older.
-    tokens: the prompt, and all output so far (that of earlier runs included).
-    num_computed: tokens with KV in the pool.
-    blocks: the block table.
-    num_reported_blocks: of them, already given out as ``BlocksReady``.
-    preempted: waits for the blocks that were taken from it.
+    """A request with its tokens and its blocks.
+
+    Attributes:
+        arrival: orders sequences by age; smaller is older.
+        tokens: the prompt, and all output so far (that of earlier runs included).
+        num_computed: tokens with KV in the pool.
+        blocks: the block table.
+        num_reported_blocks: of them, already given out as ``BlocksReady``.
+        preempted: waits for the blocks that were taken from it.
     """
 
     key: str
