@@ -1,9 +1,10 @@
-"""How fast do KV blocks move between two processes, compared with a memcpy loop over the same blocks?
+"""How fast do KV blocks move between two processes, compared with a memcpy loop over such blocks?
 
 A prefill process and a decode process, each with a pool. A round opens several transfers of random blocks at a time and
-takes the time from the first ``open_receive`` to the last ``Received``; then a numpy loop copies the same blocks, one
-at a time, out of the mapped source pool. Rounds alternate, so that both see the same machine; medians are compared. The
-latency is that of a transfer of a single block, with nothing else under way.
+takes the time from the first ``open_receive`` to the last ``Received``; then a numpy loop copies as many other random
+blocks (the same ones would still lie in the cache), one at a time, out of the mapped source pool. Rounds alternate, so
+that both see the same machine; medians are compared. The latency is that of a transfer of a single block, with nothing
+else under way.
 """
 
 from __future__ import annotations
@@ -115,8 +116,10 @@ def measure(lane: str, block_kib: int, args: argparse.Namespace) -> list[dict[st
         src = np.memmap(f"/proc/{pid}/fd/{fd}", np.uint8, "r", shape=(shape.num_blocks, shape.block_bytes))
         per_transfer = args.transfer_mib * 1024 // block_kib
         for number in range(args.rounds + 1):
-            src_ids = rng.permutation(shape.num_blocks)[: per_transfer * args.transfers].reshape(args.transfers, -1)
-            dst_ids = rng.permutation(shape.num_blocks)[: per_transfer * args.transfers].reshape(args.transfers, -1)
+            src_ids, dst_ids = (
+                rng.permutation(shape.num_blocks)[: per_transfer * args.transfers].reshape(args.transfers, -1)
+                for _ in range(2)
+            )
             jobs = [(f"{number}.{i}", src_ids[i]) for i in range(args.transfers)]
             pipe.send(jobs)
             assert pipe.recv() == "offered"
@@ -129,7 +132,8 @@ def measure(lane: str, block_kib: int, args: argparse.Namespace) -> list[dict[st
             dst = rank.pool.as_array()
             if not np.array_equal(dst[dst_ids.ravel()[:64]], src[src_ids.ravel()[:64]]):
                 raise RuntimeError("blocks did not arrive as they were sent")
-            copied_s = copy_loop(src, dst, src_ids.ravel(), dst_ids.ravel())
+            others = (rng.permutation(shape.num_blocks)[: src_ids.size] for _ in range(2))
+            copied_s = copy_loop(src, dst, *others)
             if number:  # the first round connects, and touches every page for the first time
                 size = src_ids.size * shape.block_bytes / 1e9
                 runs.append(

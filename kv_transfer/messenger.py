@@ -156,7 +156,7 @@ class Messenger:
         """
         ticket = SendTicket(transfer_id, num_blocks)
         self._tickets.open_send(ticket, deadline_s)
-        self._submit(lambda now: self._source.open(transfer_id, num_blocks, deadline_s, now))
+        self._submit_opening(transfer_id, lambda now: self._source.open(transfer_id, num_blocks, deadline_s, now))
 
     def send_blocks(self, transfer_id: str, first_index: int, block_ids: Sequence[int]) -> None:
         """Blocks ``first_index`` onward of the transfer are complete in the pool, and stay as they are until its end.
@@ -197,7 +197,10 @@ class Messenger:
         endpoints = tuple(source)
         ticket = ReceiveTicket(transfer_id, block_ids, self._pool.layout.num_blocks)
         self._tickets.open_receive(ticket, deadline_s)
-        self._submit(lambda now: self._destination.open(transfer_id, endpoints, ticket.block_ids, deadline_s, now))
+        checked_ids = ticket.block_ids
+        self._submit_opening(
+            transfer_id, lambda now: self._destination.open(transfer_id, endpoints, checked_ids, deadline_s, now)
+        )
 
     def abort(self, transfer_id: str, reason: str) -> None:
         """Give a transfer up, whichever side of it is here; TransferFailed follows. Does nothing when it has ended."""
@@ -242,6 +245,13 @@ class Messenger:
                 raise MessengerClosed(self.name)
             self._commands.append(command)
             self._control.wake()
+
+    def _submit_opening(self, transfer_id: str, command: Command) -> None:
+        try:
+            self._submit(command)
+        except MessengerClosed:
+            self._tickets.close(transfer_id)
+            raise
 
     def _post(self, event: LaneEvent) -> None:
         """Take an event of a transport, in whichever thread."""

@@ -93,6 +93,7 @@ async def test_cancel_reaches_both_instances_and_frees_the_reservation(redis_ser
         FrontEnd(settings) as frontend,
     ):
         decode.gate.clear()
+        prefill.keep_after_prefill = True
         stream = await frontend.submit(request_of("req-1"))
         other = await frontend.submit(request_of("req-10"))
         await decode.wait_for(DecodeAssigned, 2)
@@ -242,3 +243,42 @@ async def test_two_front_ends_share_a_topic_and_get_only_their_own_outputs(redis
     ):
         streams = [await (one, two)[i % 2].submit(request_of(f"r{i}")) for i in range(20)]
         assert await asyncio.gather(*map(tokens_of, streams)) == [toy_answer(s.request) for s in streams]
+
+
+async def test_draining_instance_finishes_what_it_holds_and_takes_nothing_more(redis_server, topic):
+    settings = settings_for(redis_server, topic)
+    async with (
+        ToyInstance(settings, Role.PREFILL, "p0") as leaving,
+        ToyInstance(settings, Role.DECODE, "d0") as decode,
+        FrontEnd(settings) as frontend,
+    ):
+        decode.gate.clear()
+        held = [await frontend.submit(request_of(f"held{i}")) for i in range(3)]
+        await decode.wait_for(DecodeAssigned, 3)
+        await asyncio.gather(leaving.session.drain(), decode.session.drain())
+        later = [await frontend.submit(request_of(f"later{i}")) for i in range(3)]
+        decode.gate.set()
+        assert await asyncio.gather(*map(tokens_of, held)) == [toy_answer(s.request) for s in held]
+        assert decode.session.num_held == 0
+        async with ToyInstance(settings, Role.MIXED, "m0") as mixed:
+            assert await asyncio.gather(*map(tokens_of, later)) == [toy_answer(s.request) for s in later]
+            assert {e.decode_instance for e in await mixed.wait_for(PrefillAssigned, 3)} == {mixed.session.instance_id}
+        assert [e.request.request_id for e in leaving.events if isinstance(e, PrefillAssigned)] == [
+            "held0", "held1", "held2",
+        ]  # fmt: skip
+
+
+async def test_draining_instance_gives_back_claims_that_found_no_decode_instance(redis_server, topic):
+    settings = settings_for(redis_server, topic)
+    async with ToyInstance(settings, Role.PREFILL, "p0") as leaving, FrontEnd(settings) as frontend:
+        stream = await frontend.submit(request_of("r0"))
+        pending = ("XPENDING", frontend.store.keys.queue, "prefill", "-", "+", 10)
+
+        async def claimed() -> bool:
+            return bool(await frontend.store.call(*pending))
+
+        await until(claimed)
+        await leaving.session.drain()
+        async with ToyInstance(settings, Role.MIXED, "m0"):
+            assert await tokens_of(stream) == toy_answer(stream.request)
+        assert (await frontend.request_record("r0"))["attempts"] == "1"

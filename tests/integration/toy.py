@@ -42,7 +42,8 @@ async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 15.
 
 
 class ToyInstance:
-    """``gate`` holds decode back while it is cleared; ``hold_prefill`` keeps prompts without an answer."""
+    """``gate`` holds decode back while it is cleared; ``hold_prefill`` keeps prompts without an answer,
+    ``keep_after_prefill`` those that decode has not taken over yet."""
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class ToyInstance:
         self.gate = asyncio.Event()
         self.gate.set()
         self.hold_prefill = False
+        self.keep_after_prefill = False
         self.running: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._role = role
         self._room = room
@@ -141,6 +143,9 @@ class ToyInstance:
         self.session.publish([Output(request.request_id, event.epoch, index, (toy_token(request, index),))])
         if event.decode_instance == self.session.instance_id:
             await self._decode(request, event.epoch)
+        elif not self.keep_after_prefill:
+            self.session.release(request.request_id, event.epoch)
+            self.running.pop((request.request_id, event.epoch), None)
 
     async def _decode(self, request: Request, epoch: int) -> None:
         if self._role is Role.DECODE:
