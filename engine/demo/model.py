@@ -20,6 +20,7 @@ from splitwise_sched.errors import ConfigError
 if TYPE_CHECKING:
     import tokenizers
     from rich.console import Console
+    from transformers import LlamaForCausalLM
 
     from engine.demo.training import Recipe
 
@@ -104,13 +105,26 @@ def _make(final: Path, corpus: Corpus, recipe: Recipe, console: Console | None) 
         with _progress_bar(console) as on_progress:
             tokenizer = train_tokenizer(corpus, recipe)
             model = train_model(corpus, tokenizer, recipe, on_progress)
-        model.save_pretrained(part)
+        _save_model(model, part)
         _save_tokenizer(tokenizer, part, recipe)
         part.chmod(0o755)
         part.rename(final)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def _save_model(model: LlamaForCausalLM, folder: Path) -> None:
+    """Without the progress bar, which one small file does not need."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path, recipe: Recipe) -> None:

@@ -29,7 +29,7 @@ class Recipe:
     """
     Attributes:
         num_steps: on a machine that is quick enough, exactly so many, and the result is always the same.
-            On two quiet cores they take about 50 s.
+            On two quiet cores they take about 45 s.
         limit_s: on a slower or busier one every phase becomes shorter, so that training ends by then.
         grace_s: for the first, slow steps: the clock does not count before.
         single_part: part of the steps that sees one question at a time only; later, one step in ``long_every`` sees a
@@ -42,8 +42,8 @@ class Recipe:
     num_heads: int = 4
     num_kv_heads: int = 2
     max_position_embeddings: int = 4096
-    num_steps: int = 580
-    limit_s: float = 120.0
+    num_steps: int = 500
+    limit_s: float = 150.0
     grace_s: float = 5.0
     single_part: float = 0.35
     long_every: int = 3
