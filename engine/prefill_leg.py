@@ -16,9 +16,11 @@ from splitwise_sched.types import Output, Request
 
 
 class Returns(Protocol):
-    """Where a leg says that it cannot go on with a run; sync.Instance is one."""
+    """Where a leg says that it cannot go on with a run, or has done its part; sync.Instance is one."""
 
     def give_back(self, request_id: str, epoch: int, why: str, *, retry: bool) -> None: ...
+
+    def release(self, request_id: str, epoch: int) -> None: ...
 
 
 @dataclass(slots=True)
@@ -93,6 +95,7 @@ class PrefillLeg:
         run = self.runs.pop(event.transfer_id)
         if isinstance(event, Sent):
             self._engine.release(event.transfer_id)
+            self._returns.release(run.request.request_id, run.epoch)
             return
         self._has_first_token(run)
         self._engine.abort(event.transfer_id)

@@ -77,6 +77,8 @@ class Runner:
         self._settings = settings
         self._wake = threading.Event()
         self._stop = threading.Event()
+        self._drain_until: float | None = None
+        self._is_draining = False
         self.ranks = RankGroup(engine.kv_pools, transfer, name=options.name, on_event=self._wake.set)
         self.instance: Instance | None = None
         self._prefill: PrefillLeg
@@ -96,7 +98,13 @@ class Runner:
         self._prefill = PrefillLeg(self.engine, self.ranks, instance, timeout_s)
         self._decode = DecodeLeg(self.engine, self.ranks, instance, timeout_s)
 
+    def drain(self, timeout_s: float) -> None:
+        """Take nothing more, finish what is held, then end ``run``; end it after ``timeout_s`` in any case."""
+        self._drain_until = time.monotonic() + timeout_s
+        self._wake.set()
+
     def stop(self) -> None:
+        """End ``run`` after this round; ``close`` hands back what is held."""
         self._stop.set()
         self._wake.set()
 
@@ -109,10 +117,23 @@ class Runner:
 
     def run(self) -> None:
         """Go round until ``stop``. Raises Fenced when the lease was lost and no new one can be had."""
-        while not self._stop.is_set():
+        while not self._stop.is_set() and not self._is_drained():
             if not self.go_round():
                 self._wake.wait(IDLE_S)
             self._wake.clear()
+
+    def _is_drained(self) -> bool:
+        if self._drain_until is None:
+            return False
+        assert self.instance is not None
+        if not self._is_draining:
+            self._is_draining = True
+            self.instance.drain()
+            return False
+        if time.monotonic() > self._drain_until:
+            logger.warning("%d requests did not end in time and go back to the queue", self.instance.num_held)
+            return True
+        return not (self.instance.num_held or self._prefill.runs or self._decode.runs)
 
     def go_round(self) -> bool:
         """Once; returns whether the engine computed."""

@@ -30,6 +30,10 @@ class InstanceSettings(ExplicitSettings):
         2048, ge=1, description="Prompt tokens claimed ahead of their computation; the rest waits in the common queue."
     )
 
+    drain_timeout_s: float = Field(
+        30.0, ge=0, le=86400, description="How long what it holds may go on after SIGTERM, before it goes back."
+    )
+
     @field_validator("instance_name")
     @classmethod
     def _name_is_an_id(cls, value: str | None) -> str | None:

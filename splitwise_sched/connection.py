@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any, cast
 
@@ -19,12 +19,9 @@ from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
-    BusyLoadingError,
     ConnectionError,
     NoPermissionError,
-    ReadOnlyError,
     RedisError,
-    ResponseError,
     TimeoutError,
 )
 
@@ -32,7 +29,9 @@ from splitwise_sched.coalesce import Coalescer, Command
 from splitwise_sched.errors import CommandRefused, ConfigError, Fenced, StoreUnavailable, StoreUnsuitable
 from splitwise_sched.keys import PREFILL_GROUP, Keys
 from splitwise_sched.records import Claim
+from splitwise_sched.resp import ReplyError, pack
 from splitwise_sched.settings import SchedulerSettings
+from splitwise_sched.wire import Wire
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +40,13 @@ CONNECT_TIMEOUT_S = 3.0
 COMMAND_TIMEOUT_S = 5.0
 RETRY_FIRST_S, RETRY_MAX_S = 0.02, 0.5
 SCRIPTS = (
-    "submit", "resubmit", "bind", "step", "finish", "give_back", "cancel", "expire", "register", "renew", "reap",
+    "submit", "resubmit", "bind", "step", "finish", "give_back", "cancel", "expire", "register", "renew", "drain",
+    "reap",
 )  # fmt: skip
 
-_RETRYABLE = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, OSError)
+_RETRYABLE = (ConnectionError, TimeoutError, OSError)
+# The server lives, but not for writing now: it loads its data, or its master's place is being taken.
+_NOT_NOW = ("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
 _DENIED = (AuthenticationError, AuthorizationError, NoPermissionError)
 
 
@@ -52,6 +54,47 @@ def _script_texts() -> dict[str, str]:
     folder = resources.files("splitwise_sched") / "lua"
     common = (folder / "common.lua").read_text(encoding="utf-8")
     return {name: common + (folder / f"{name}.lua").read_text(encoding="utf-8") for name in SCRIPTS}
+
+
+class Link:
+    """One connection that is made when it is needed, and made anew after it broke.
+
+    redis-py connects (addresses, TLS, login, protocol version); a Wire takes the connection over from there.
+    """
+
+    def __init__(self, client: aioredis.Redis) -> None:
+        self._pool = client.connection_pool
+        self._made: Any = None
+        self._wire: Wire | None = None
+
+    async def wire(self) -> Wire:
+        """Raises what redis-py raises when it cannot connect."""
+        if self._wire is None or self._wire.lost is not None:
+            self.close()
+            made = self._pool.make_connection()  # type: ignore[no-untyped-call]
+            connecting = asyncio.ensure_future(made.connect())
+            try:
+                # redis-py uses asyncio.wait_for, which until Python 3.12 may swallow a cancellation: not ours.
+                await asyncio.wait([connecting])
+            except asyncio.CancelledError:
+                connecting.cancel()
+                await asyncio.wait([connecting])
+                if made.is_connected:
+                    made._writer.close()
+                raise
+            connecting.result()
+            # Kept as long as the wire: redis-py closes the transport of a connection that nobody holds.
+            self._made = made
+            self._wire = Wire(made._writer.transport)
+        return self._wire
+
+    def close(self) -> None:
+        """Idempotent; the next ``wire`` connects again."""
+        if self._wire is not None:
+            self._wire.close()
+            # The transport is closed, and redis-py would wait for a protocol that is no longer its own.
+            self._made._reader = self._made._writer = None
+            self._made = self._wire = None
 
 
 class Connection:
@@ -80,9 +123,11 @@ class Connection:
             "password": None if password is None else password.get_secret_value(),
             "decode_responses": True,
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
+            "socket_timeout": COMMAND_TIMEOUT_S,
             "retry": Retry(NoBackoff(), 0),
         }
-        self._client = aioredis.Redis(**self._options, socket_timeout=COMMAND_TIMEOUT_S, single_connection_client=True)
+        self._client = aioredis.Redis(**self._options)
+        self._link = Link(self._client)
         self._coalescer = Coalescer(self._send)
         self._texts = _script_texts()
         self._shas = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._texts.items()}
@@ -116,17 +161,18 @@ class Connection:
         except RedisError as exc:
             raise StoreUnsuitable(f"the server at {self._address} cannot be used: {exc}") from exc
 
-    async def drain(self) -> None:
+    async def settle(self) -> None:
         """Wait until all that was issued is answered."""
         await self._coalescer.drain()
 
     async def close(self) -> None:
         await self._coalescer.close()
+        self._link.close()
         await self._client.aclose()
 
     def reader(self) -> BlockingReader:
         """A connection of its own for blocking reads; whoever asks for it closes it (async with)."""
-        return BlockingReader(self.keys, self._options)
+        return BlockingReader(self.keys, Link(self._client))
 
     async def _send(self, batch: list[Command]) -> list[Any]:
         loop = asyncio.get_running_loop()
@@ -137,49 +183,61 @@ class Connection:
             except _RETRYABLE as exc:
                 if loop.time() + pause > deadline:
                     raise StoreUnavailable(f"Redis at {self._address} does not answer: {exc}") from exc
-                await self._client.connection_pool.disconnect()
+                self._link.close()
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, RETRY_MAX_S)
 
     async def _send_once(self, batch: list[Command]) -> list[Any]:
-        replies = await self._pipeline(batch)
-        unknown = [i for i, reply in enumerate(replies) if isinstance(reply, ResponseError) and _is_noscript(reply)]
+        wire = await self._link.wire()
+        replies = await _pipeline(wire, batch)
+        errors = [i for i, reply in enumerate(replies) if isinstance(reply, ReplyError)]
+        if not errors:
+            return replies
+        unknown = [i for i in errors if replies[i].code == "NOSCRIPT"]
         if unknown:
-            for name in {cast(str, batch[i].script) for i in unknown}:
-                await self._client.script_load(self._texts[name])
-            again = await self._pipeline([batch[i] for i in unknown])
-            for i, reply in zip(unknown, again, strict=True):
+            texts = [self._texts[name] for name in {cast(str, batch[i].script) for i in unknown}]
+            loads = [Command(pack(("SCRIPT", "LOAD", text))) for text in texts]
+            again = await _pipeline(wire, [*loads, *(batch[i] for i in unknown)])
+            for i, reply in zip(unknown, again[len(loads) :], strict=True):
                 replies[i] = reply
-        for reply in replies:
-            if isinstance(reply, _RETRYABLE):
-                raise reply
-        return [_mapped(reply) if isinstance(reply, RedisError) else reply for reply in replies]
-
-    async def _pipeline(self, batch: Sequence[Command]) -> list[Any]:
-        pipe = self._client.pipeline(transaction=False)
-        for command in batch:
-            if command.binary:
-                pipe.execute_command(*command.args, NEVER_DECODE=True)
-            else:
-                pipe.execute_command(*command.args)
-        return await pipe.execute(raise_on_error=False)
+        for i in errors:
+            if isinstance(reply := replies[i], ReplyError):
+                if reply.code in _NOT_NOW:
+                    raise ConnectionError(str(reply))
+                replies[i] = _mapped(reply)
+        return replies
 
     def call(self, *args: Any, binary: bool = False) -> asyncio.Future[Any]:
         """One command; ``binary`` when its reply is not text."""
-        return self._coalescer.call(Command(args, binary=binary))
+        return self._coalescer.call(Command(pack(args), None, binary))
+
+    def tell(self, *args: Any, on_reply: Callable[[Any], None] | None = None) -> None:
+        """One command without a future: ``on_reply`` gets its reply or the exception."""
+        self._coalescer.tell(Command(pack(args)), on_reply)
 
     def script(self, name: str, keys: Sequence[str], *args: Any) -> asyncio.Future[Any]:
         """``lua/<name>.lua``; the key prefix goes in front of ``args``."""
-        command = ("EVALSHA", self._shas[name], len(keys), *keys, self.keys.prefix, *args)
-        return self._coalescer.call(Command(command, script=name))
+        return self._coalescer.call(self._script_command(name, keys, args))
+
+    def tell_script(self, name: str, keys: Sequence[str], *args: Any, on_reply: Callable[[Any], None]) -> None:
+        """The same without a future: ``on_reply`` gets the reply or the exception."""
+        self._coalescer.tell(self._script_command(name, keys, args), on_reply)
+
+    def _script_command(self, name: str, keys: Sequence[str], args: Sequence[Any]) -> Command:
+        return Command(pack(("EVALSHA", self._shas[name], len(keys), *keys, self.keys.prefix, *args)), name)
+
+
+async def _pipeline(wire: Wire, batch: Sequence[Command]) -> list[Any]:
+    packed = b"".join([command.packed for command in batch])
+    return await wire.send(packed, [command.binary for command in batch], COMMAND_TIMEOUT_S)
 
 
 class BlockingReader:
     """Blocking stream reads on a connection of their own; one read at a time."""
 
-    def __init__(self, keys: Keys, options: Mapping[str, Any]) -> None:
+    def __init__(self, keys: Keys, link: Link) -> None:
         self._keys = keys
-        self._client = aioredis.Redis(**options, socket_timeout=None, single_connection_client=True)
+        self._link = link
 
     async def read(
         self, positions: Mapping[str, str], block_ms: int, count: int
@@ -188,7 +246,7 @@ class BlockingReader:
 
         Raises StoreUnavailable at the first failure; positions are the caller's, so that nothing is lost by it.
         """
-        args = ["XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", *positions, *positions.values()]
+        args = ("XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", *positions, *positions.values())
         return _entries(await self._read(block_ms, args))
 
     async def claim(self, instance_id: str, count: int, block_ms: int, *, again: bool = False) -> list[Claim]:
@@ -198,8 +256,8 @@ class BlockingReader:
             Fenced: the queue's group is gone (Redis lost its data): register again.
             StoreUnavailable: what this call may have claimed is given by ``again``.
         """
-        args = ["XREADGROUP", "GROUP", PREFILL_GROUP, instance_id, "COUNT", count, "BLOCK", block_ms, "STREAMS",
-                self._keys.queue, "0" if again else ">"]  # fmt: skip
+        args = ("XREADGROUP", "GROUP", PREFILL_GROUP, instance_id, "COUNT", count, "BLOCK", block_ms, "STREAMS",
+                self._keys.queue, "0" if again else ">")  # fmt: skip
         claims = []
         for _, entry_id, fields in _entries(await self._read(block_ms, args)):
             if fields.get("epoch", "").isdigit() and "id" in fields:
@@ -208,38 +266,36 @@ class BlockingReader:
                 logger.warning("queue entry %s is not one of ours and stays unclaimed: %r", entry_id, fields)
         return claims
 
-    async def _read(self, block_ms: int, args: Sequence[Any]) -> Any:
+    async def _read(self, block_ms: int, args: tuple[Any, ...]) -> Any:
         try:
-            reply = self._client.execute_command(*args)  # type: ignore[no-untyped-call]
-            return await asyncio.wait_for(reply, block_ms / 1000 + COMMAND_TIMEOUT_S)
-        except ResponseError as exc:
-            if str(exc).startswith("NOGROUP"):
-                raise Fenced(f"the queue is gone from Redis: {exc}") from exc
-            raise StoreUnavailable(str(exc)) from exc
-        except (*_RETRYABLE, asyncio.TimeoutError) as exc:
-            await self._client.connection_pool.disconnect()
+            wire = await self._link.wire()
+            reply = (await wire.send(pack(args), (False,), block_ms / 1000 + COMMAND_TIMEOUT_S))[0]
+        except asyncio.CancelledError:
+            # A reply may be on its way that would be taken for the next one's.
+            self._link.close()
+            raise
+        except _RETRYABLE as exc:
+            self._link.close()
             raise StoreUnavailable(f"Redis does not answer: {exc!r}") from exc
+        if isinstance(reply, ReplyError):
+            if reply.code == "NOGROUP":
+                raise Fenced(f"the queue is gone from Redis: {reply}") from reply
+            raise StoreUnavailable(str(reply)) from reply
+        return reply
 
     async def __aenter__(self) -> BlockingReader:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._client.aclose()
+        self._link.close()
 
 
 def _entries(reply: Any) -> list[tuple[str, str, dict[str, str]]]:
-    """Stream entries out of what redis-py makes of RESP2 (lists) and RESP3 (maps)."""
+    """Stream entries out of RESP2's lists or RESP3's map."""
     if not reply:
         return []
     streams = reply.items() if isinstance(reply, dict) else reply
-    result = []
-    for key, entries in streams:
-        # RESP3 wraps the entries of a stream in one more list.
-        rows = entries[0] if entries and isinstance(entries[0], list) and entries[0] and isinstance(
-            entries[0][0], (list, tuple)) else entries  # fmt: skip
-        for entry_id, fields in rows:
-            result.append((key, entry_id, as_dict(fields or {})))
-    return result
+    return [(key, entry_id, as_dict(fields or ())) for key, rows in streams for entry_id, fields in rows]
 
 
 def as_dict(reply: Any) -> dict[str, str]:
@@ -282,11 +338,7 @@ def check_server(info: Mapping[str, Any], policy: str, address: str) -> str:
     return f"valkey {info['valkey_version']}" if "valkey_version" in info else f"redis {version}"
 
 
-def _is_noscript(exc: ResponseError) -> bool:
-    return "NOSCRIPT" in str(exc) or type(exc).__name__ == "NoScriptError"
-
-
-def _mapped(exc: RedisError) -> Exception:
+def _mapped(exc: ReplyError) -> Exception:
     text = str(exc)
     if "FENCED" in text:
         return Fenced(text)

@@ -30,12 +30,13 @@ from splitwise_sched.records import (
 )
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.store import Store
-from splitwise_sched.types import Output, Request, Role, check_id
+from splitwise_sched.types import Output, Request, RequestState, Role, check_id
 
 logger = logging.getLogger(__name__)
 
 BLOCK_MS = 500
 MAX_CLAIM = 16
+MAX_HELD = 100_000
 BIND_RETRY_S = 0.01
 PAUSE_AFTER_FAILURE_S = 0.2
 REREGISTER_PAUSE_S = 1.0
@@ -68,6 +69,9 @@ class InstanceSession:
         self._alive_at = 0.0
         self._frontends: dict[tuple[str, int], str] = {}
         self._peers: dict[str, Mapping[str, str]] = {}
+        self._is_draining = False
+        self._binding = asyncio.Lock()
+        self._claiming: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._supervisor: asyncio.Task[None] | None = None
         self._lost: asyncio.Future[str] | None = None
@@ -104,7 +108,7 @@ class InstanceSession:
         await self.store.close()
 
     async def _leave(self) -> None:
-        await self.store.drain()
+        await self.store.settle()
         while not (await self.store.reap(self.instance_id, leave=True))[1]:
             pass
 
@@ -119,8 +123,11 @@ class InstanceSession:
         self._lost = asyncio.get_running_loop().create_future()
         self._frontends.clear()
         self._tasks = [asyncio.create_task(self._keep_lease()), asyncio.create_task(self._read_inbox())]
-        if self._registration.role is not Role.DECODE:
-            self._tasks.append(asyncio.create_task(self._claim()))
+        if self._is_draining:
+            await self.store.drain(instance_id)
+        elif self._registration.role is not Role.DECODE:
+            self._claiming = asyncio.create_task(self._claim())
+            self._tasks.append(self._claiming)
 
     async def _supervise(self) -> None:
         """Start anew under another id whenever the lease was lost."""
@@ -151,6 +158,30 @@ class InstanceSession:
     def _lose(self, reason: str) -> None:
         if self._lost is not None and not self._lost.done():
             self._lost.set_result(reason)
+
+    async def drain(self) -> None:
+        """Take nothing more; what is held goes on to its end. Claims without a decode instance go back. Idempotent."""
+        self._is_draining = True
+        if self._claiming is not None and not self._claiming.done():
+            async with self._binding:
+                self._claiming.cancel()
+                await asyncio.wait([self._claiming])
+            await self._return_claims()
+        await self.store.drain(self.instance_id)
+
+    async def _return_claims(self) -> None:
+        """Give back what was claimed and not bound, also by a read that was broken off."""
+        async with self.store.reader() as reader:
+            claims = await reader.claim(self.instance_id, MAX_HELD, 1, again=True)
+        states = await self.store.request_states([claim.request_id for claim in claims])
+        for claim, state in zip(claims, states, strict=True):
+            if state == (RequestState.QUEUED.value, claim.epoch):
+                self.give_back(claim.request_id, claim.epoch, f"{self.instance_id} is draining", retry=True)
+
+    @property
+    def num_held(self) -> int:
+        """Runs that were assigned here and have not ended."""
+        return len(self._frontends)
 
     # ---- what the serving loop says ------------------------------------------------------------------------------
 
@@ -201,6 +232,10 @@ class InstanceSession:
         reply = self.store.step(request_id, epoch, self.instance_id, notes)
         self._watch(reply, (request_id, epoch))
 
+    def release(self, request_id: str, epoch: int) -> None:
+        """This instance's part of a run is over without an end of the request: decode has taken it over."""
+        self._frontends.pop((request_id, epoch), None)
+
     def give_back(self, request_id: str, epoch: int, why: str, *, retry: bool) -> None:
         """This instance cannot go on with the run; ``retry`` when another try may succeed."""
         self._frontends.pop((request_id, epoch), None)
@@ -247,7 +282,8 @@ class InstanceSession:
         while True:
             try:
                 if claims:
-                    claims = await self._bind(claims)
+                    async with self._binding:
+                        claims = await self._bind(claims)
                     if claims:
                         await asyncio.sleep(BIND_RETRY_S)
                     continue

@@ -135,6 +135,11 @@ class Store(Connection):
         """False: the lease has lapsed."""
         return bool(await self.script("renew", (self.keys.instance(instance_id),), lease_ms, *_flat(load)))
 
+    async def drain(self, instance_id: str) -> bool:
+        """See drain.lua. False: the lease has lapsed."""
+        keys = (self.keys.instance(instance_id), self.keys.decode_load)
+        return bool(await self.script("drain", keys, instance_id))
+
     async def reap(self, instance_id: str, limit: int = 200, *, leave: bool = False) -> tuple[int, bool]:
         """See reap.lua: how many requests were taken back, and whether nothing of the instance is left."""
         k = self.keys

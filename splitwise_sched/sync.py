@@ -53,6 +53,7 @@ class Instance:
         self._session: InstanceSession | None = None
         self._thread: threading.Thread | None = None
         self._stop: asyncio.Event | None = None
+        self._draining: asyncio.Task[None] | None = None
 
     @property
     def instance_id(self) -> str:
@@ -119,9 +120,26 @@ class Instance:
         """See InstanceSession.step."""
         self._do(lambda session: session.step(request_id, epoch, notes))
 
+    def release(self, request_id: str, epoch: int) -> None:
+        """See InstanceSession.release."""
+        self._do(lambda session: session.release(request_id, epoch))
+
     def give_back(self, request_id: str, epoch: int, why: str, *, retry: bool) -> None:
         """See InstanceSession.give_back."""
         self._do(lambda session: session.give_back(request_id, epoch, why, retry=retry))
+
+    def drain(self) -> None:
+        """Take nothing more; what is held goes on to its end, which ``num_held`` tells. Any thread may call this."""
+
+        def begin(session: InstanceSession) -> None:
+            self._draining = asyncio.get_running_loop().create_task(session.drain())
+
+        self._do(begin)
+
+    @property
+    def num_held(self) -> int:
+        """Runs that were assigned here and have not ended."""
+        return self._session.num_held if self._session is not None else 0
 
     # ---- between the threads -------------------------------------------------------------------------------------
 

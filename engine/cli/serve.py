@@ -10,7 +10,8 @@ import socket
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +20,9 @@ from splitwise_sched.cli.options import settings_command
 from splitwise_sched.embedded import scheduler_server
 from splitwise_sched.settings import SchedulerSettings
 
+if TYPE_CHECKING:
+    from engine.runner import Runner
+
 
 @settings_command(EngineSettings, InstanceSettings, TransferSettings, SchedulerSettings, name="serve")
 def command(
@@ -26,7 +30,8 @@ def command(
 ) -> None:
     """Run an instance: it claims requests of its topic, computes its part, and moves KV blocks to or from its peers.
 
-    Ctrl-C or SIGTERM ends it; what it holds goes back to the queue at once.
+    Ctrl-C or SIGTERM lets it finish what it holds, for --drain-timeout-s at most; a second one ends it at once, and
+    what it holds goes back to the queue.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with ExitStack() as stack:
@@ -71,9 +76,7 @@ def _serve(
         name=instance.name, role=role, max_waiting_tokens=instance.max_waiting_tokens, details=details
     )
     runner = Runner(driver, scheduler, transfer, runner_options)
-    # From here a signal lets the loop come round once more and hand its work back.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: runner.stop())
+    end_on_signals(runner, instance.drain_timeout_s)
     stack.enter_context(closing(runner))
     runner.start()
     assert runner.instance is not None
@@ -89,7 +92,22 @@ def _serve(
         + "".join(f"; http://{instance.host}:{port.port}" for port in ports)
     )
     runner.run()
-    click.echo("stopped; what it held is back in the queue", err=True)
+    click.echo(f"stopped; {runner.instance.num_held} requests that it held are back in the queue", err=True)
+
+
+def end_on_signals(runner: Runner, drain_timeout_s: float) -> None:
+    """The first SIGTERM or Ctrl-C drains the instance; a second one ends it at once, and its work goes back."""
+    seen: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if seen:
+            runner.stop()
+        else:
+            seen.append(number)
+            runner.drain(drain_timeout_s)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
 
 
 def _status(source: dict[str, Any]) -> dict[str, Any]:

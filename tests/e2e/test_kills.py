@@ -85,5 +85,31 @@ async def test_killed_instance_costs_no_request_and_no_token(model, expected, vi
     assert {r["state"] for r in records} == {"done"}
 
 
+async def test_terminated_instance_finishes_what_it_holds_and_ends(model, expected):
+    with Fleet() as fleet:
+        for name in ("prefill", "decode"):
+            for index in range(2):
+                fleet.start_instance(name, index, model, FLAGS)
+        await fleet.wait_for_instances(4)
+        async with FrontEnd(fleet.settings) as frontend:
+            streams = [await frontend.submit(r) for r in REQUESTS]
+            answers = [asyncio.create_task(tokens_of(s)) for s in streams]
+
+            async def some_tokens() -> str | None:
+                return "yes" if any(len(s.assembly.token_ids) > 5 for s in streams) else None
+
+            await first(some_tokens)
+            leaving = [fleet.members.pop(name).process for name in ("prefill-0", "decode-0")]
+            for process in leaving:
+                process.terminate()
+            got = await asyncio.wait_for(asyncio.gather(*answers), 120)
+            records = [await frontend.request_record(r.request_id) for r in REQUESTS]
+            for process in leaving:
+                assert await asyncio.to_thread(process.wait, 30) == 0
+        fleet.check()
+    assert {r.request_id: a for r, a in zip(REQUESTS, got, strict=True)} == expected
+    assert {r["attempts"] for r in records} == {"1"}
+
+
 async def tokens_of(stream: OutputStream) -> list[int]:
     return [token for output in [o async for o in stream] for token in output.token_ids]
