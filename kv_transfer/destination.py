@@ -37,6 +37,8 @@ log = logging.getLogger("kv_transfer")
 
 # A source is kept connected this long without a transfer.
 PEER_IDLE_S = 300.0
+# A source that allows no more blocks has given the transfer up, and its Abort, which says why, is on its way.
+REFUSAL_GRACE_S = 1.0
 
 
 class DestinationSide:
@@ -57,6 +59,7 @@ class DestinationSide:
         self._peers: dict[PeerKey, Peer] = {}
         self._current: dict[str, Peer] = {}
         self._links: dict[Link, Peer] = {}
+        self._refused: dict[Token, tuple[float, str]] = {}
 
     @property
     def num_open(self) -> int:
@@ -125,9 +128,7 @@ class DestinationSide:
                 self._run_token(done[0], lambda t: t.fetched(*done))
                 peer.pump()
         elif isinstance(event, Refusal):
-            peer = self._links.get(event.link)
-            name = peer.name if peer is not None else ""
-            self._run_token(event.token, lambda t: t.abort(event.reason, name))
+            self._refused.setdefault(event.token, (now + REFUSAL_GRACE_S, event.reason))
         elif isinstance(event, Cancelled):
             self._make_cancelled(event.token)
 
@@ -156,6 +157,10 @@ class DestinationSide:
         """Look at the clock; ``silence_s`` is the least that a peer must be silent for to count as gone."""
         for transfer_id, transfer in list(self._receives.items()):
             self._run(transfer_id, transfer.tick(now))
+        for token, (until, reason) in list(self._refused.items()):
+            if now >= until:
+                del self._refused[token]
+                self._give_up(token, reason)
         for key, peer in list(self._peers.items()):
             if not peer.tokens:
                 if now - max(peer.idle_since, peer.last_heard) > PEER_IDLE_S:
@@ -255,6 +260,9 @@ class DestinationSide:
         for token in tokens:
             self._make_cancelled(token)
 
+    def _give_up(self, token: Token, reason: str) -> None:
+        self._run_token(token, lambda t: t.abort(reason, t.legs[token].name))
+
     def _make_ready(self, token: Token, lane: str, now: float) -> None:
         self._run_token(token, lambda t: t.ready(token, lane, now))
 
@@ -304,6 +312,7 @@ class DestinationSide:
             self._counters.add("receive_failed_total")
         for leg in transfer.legs.values():
             self._by_token.pop(leg.token, None)
+            self._refused.pop(leg.token, None)
             for peer in (*self._peers.values(), *self._links.values()):
                 peer.tokens.discard(leg.token)
         self._report(event)

@@ -14,13 +14,14 @@ from kv_transfer.control import ControlChannel, Source
 from kv_transfer.counters import Counters
 from kv_transfer.destination import DestinationSide
 from kv_transfer.endpoint import RankEndpoint
-from kv_transfer.errors import InvalidTransfer, MessengerClosed, TransportFailed
+from kv_transfer.errors import InvalidOptions, InvalidTransfer, MessengerClosed
 from kv_transfer.events import TransferEvent, TransferFailed
 from kv_transfer.identity import ProcessIdentity
+from kv_transfer.layout import MAX_NAME_CHARS
 from kv_transfer.leases import LeaseTable
 from kv_transfer.memory import KVPool
 from kv_transfer.options import TransferOptions
-from kv_transfer.protocol import MAX_AUX_BYTES, MAX_REASON_CHARS, WIRE_VERSION
+from kv_transfer.protocol import MAX_AUX_BYTES, WIRE_VERSION
 from kv_transfer.source import SourceSide
 from kv_transfer.tickets import ReceiveTicket, SendTicket, TicketBook
 from kv_transfer.transports.base import LaneEvent, Revoked, Transport
@@ -55,10 +56,13 @@ class Messenger:
         """
         Args:
             name: of the instance, for people.
-            on_event: called from the messenger's thread when ``poll`` has something new; must not wait.
+            on_event: called from the messenger's thread when ``poll`` has something new; must not wait, nor raise.
         Raises:
+            InvalidOptions: the name is empty, too long or not printable.
             UnknownTransport: a name in ``options.protocols`` is not installed.
         """
+        if not 1 <= len(name) <= MAX_NAME_CHARS or not name.isprintable():
+            raise InvalidOptions("name", f"is {name[:80]!r}: give 1 to {MAX_NAME_CHARS} printable characters")
         self.name = name
         self._pool, self._options, self._on_event = pool, options, on_event
         self._transport_classes = load_transports(options.protocols)
@@ -98,7 +102,7 @@ class Messenger:
                 transport = cls(self._pool, options, self._leases, self._post)
                 self._transports.append(transport)
                 offers[transport.name] = transport.offer()
-        except TransportFailed:
+        except BaseException:
             self._close_transports()
             control.close()
             raise
@@ -204,11 +208,10 @@ class Messenger:
 
     def abort(self, transfer_id: str, reason: str) -> None:
         """Give a transfer up, whichever side of it is here; TransferFailed follows. Does nothing when it has ended."""
-        why = reason[: MAX_REASON_CHARS // 2]
 
         def act(now: float) -> None:
-            self._source.abort(transfer_id, why, "", now)
-            self._destination.abort(transfer_id, why, "")
+            self._source.abort(transfer_id, reason, "", now)
+            self._destination.abort(transfer_id, reason, "")
 
         self._submit(act)
 

@@ -52,7 +52,8 @@ def _number(low: int, high: int) -> Any:
 
 
 def _text(limit: int) -> Any:
-    return field(metadata={"check": lambda v: isinstance(v, str) and len(v) <= limit})
+    # Texts end in logs and terminals: nothing that moves a cursor gets in.
+    return field(metadata={"check": lambda v: isinstance(v, str) and len(v) <= limit and (v == "" or v.isprintable())})
 
 
 def _blob(limit: int, *, least: int = 0, multiple: int = 1) -> Any:
@@ -225,6 +226,11 @@ _NUMBERS = {cls: number for number, cls in _KINDS.items()}
 _CHECKS: Mapping[int, list[tuple[str, Check]]] = {
     number: [(f.name, f.metadata["check"]) for f in fields(cls)] for number, cls in _KINDS.items()
 }
+
+
+def printable(reason: str) -> str:
+    """A reason that any caller or library may have worded, fit for a message."""
+    return "".join(c if c.isprintable() else " " for c in reason[: MAX_REASON_CHARS // 2])
 
 
 class OtherVersion(ProtocolError):

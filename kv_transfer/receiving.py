@@ -19,7 +19,7 @@ import numpy as np
 from kv_transfer.effects import Cancel, Effect, Fetch, PeerKey, Report, Tell, Token
 from kv_transfer.events import Received, TransferFailed, TransferStats
 from kv_transfer.plan import IntArray, PairPlan
-from kv_transfer.protocol import TOKEN_BYTES, Abort, Applied, Drained, Reserve
+from kv_transfer.protocol import TOKEN_BYTES, Abort, Applied, Drained, Reserve, printable
 
 
 @dataclass(slots=True)
@@ -136,6 +136,7 @@ class ReceiveTransfer:
         """Give up. Idempotent: the first reason stands."""
         if not self.is_open:
             return []
+        reason = printable(reason)
         self._failure = TransferFailed(self.transfer_id, reason, peer)
         effects: list[Effect] = []
         for leg in self.legs.values():

@@ -18,7 +18,7 @@ import numpy as np
 from kv_transfer.effects import Allow, Effect, Forget, PeerKey, Report, Revoke, Tell, Token
 from kv_transfer.events import Sent, TransferFailed, TransferStats
 from kv_transfer.plan import IntArray
-from kv_transfer.protocol import MAX_IDS_PER_MESSAGE, Abort, Blocks, Confirmed, Drained, End
+from kv_transfer.protocol import MAX_IDS_PER_MESSAGE, Abort, Blocks, Confirmed, Drained, End, printable
 
 
 @dataclass(slots=True)
@@ -126,6 +126,7 @@ class SendTransfer:
         """Give up. Idempotent: the first reason stands."""
         if not self.is_open:
             return []
+        reason = printable(reason)
         self._failure = TransferFailed(self.transfer_id, reason, peer)
         self._drain_until = now + self._drain_s
         effects: list[Effect] = []

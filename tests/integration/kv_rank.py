@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from kv_transfer import (
 )
 
 WAIT_S = 60.0
+ROOT = Path(__file__).resolve().parents[2]
 LAYOUT = KVLayout("transformers", "tiny", "float32", 3, 2, 8, 4, 257)
 
 
@@ -121,6 +123,7 @@ class RemoteRank:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
         started = self._call(layout=layout.to_dict(), options=asdict(options), name=name, seed=seed)

@@ -21,7 +21,7 @@ from kv_transfer import (
     TransferFailed,
     TransferOptions,
 )
-from tests.integration.kv_rank import LAYOUT, LocalRank
+from tests.integration.kv_rank import LAYOUT, ROOT, LocalRank
 
 
 def open_descriptors() -> int:
@@ -66,7 +66,9 @@ def test_a_process_that_never_closes_its_messenger_ends_all_the_same() -> None:
         destination.receive("r@1", [source.endpoint], [1, 2])
         print("leaving")
     """)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")
 
 

@@ -68,7 +68,7 @@ def test_every_kind_of_message_is_tried_above() -> None:
 def test_no_field_takes_a_value_of_another_type(message: Message) -> None:
     parts = msgpack.unpackb(encode(message))
     for position in range(1, len(parts)):
-        for wrong in (None, -1, 1.5, True, [1], "x" * 5000):
+        for wrong in (None, -1, 1.5, True, [1], "x" * 5000, "\x1b[2J"):
             damaged = [*parts[:position], wrong, *parts[position + 1 :]]
             with pytest.raises(ProtocolError):
                 decode(msgpack.packb(damaged))
