@@ -42,7 +42,7 @@ class Recipe:
     num_heads: int = 4
     num_kv_heads: int = 2
     max_position_embeddings: int = 4096
-    num_steps: int = 500
+    num_steps: int = 580
     limit_s: float = 150.0
     grace_s: float = 5.0
     single_part: float = 0.35
