@@ -38,13 +38,13 @@ class AnswerShape(ABC):
         self._tokenizer = tokenizer
         self._with_logprobs = with_logprobs
         self._with_usage = with_usage
-        self._with_token_ids = with_token_ids
+        self.with_token_ids = with_token_ids
 
     def whole(self, pieces: Sequence[Piece], usage: dict[str, int]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
         tokens = [token for piece in pieces for token in piece.tokens]
         choice = {"index": 0, **self._message(text), "logprobs": self._logprobs(tokens), **_finish(pieces[-1])}
-        if self._with_token_ids:
+        if self.with_token_ids:
             choice["token_ids"] = [token_id for piece in pieces for token_id in piece.token_ids]
         return {**self._common, "object": self.kind, "choices": [choice], "usage": usage}
 
@@ -55,7 +55,7 @@ class AnswerShape(ABC):
     def chunk(self, piece: Piece) -> dict[str, Any]:
         logprobs = self._logprobs(piece.tokens) if piece.tokens else None
         choice = {"index": 0, **self._delta(piece.text), "logprobs": logprobs, **_finish(piece)}
-        if self._with_token_ids:
+        if self.with_token_ids:
             choice["token_ids"] = list(piece.token_ids)
         return self._chunk([choice])
 

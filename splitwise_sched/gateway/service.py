@@ -47,7 +47,8 @@ class Answer:
             piece = self._text.feed(output)
             if piece.finish_reason is not None:
                 self._timer.finished()
-            if piece.text or piece.tokens or piece.token_ids or piece.finish_reason is not None:
+            shows_ids = self.shape.with_token_ids and piece.token_ids
+            if piece.text or piece.tokens or shows_ids or piece.finish_reason is not None:
                 yield piece
             if piece.finish_reason is not None:
                 return

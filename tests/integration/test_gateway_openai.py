@@ -191,6 +191,19 @@ async def test_logprobs_of_a_completion_have_their_shape(
     assert streamed == whole.logprobs.tokens
 
 
+async def test_token_ids_come_along_when_asked_for(client: openai.AsyncOpenAI, instance: ScriptedInstance) -> None:
+    instance.text = "the 🚀"
+    expected = instance.tokenizer.encode("the 🚀<|im_end|>")
+    arguments = {"model": MODEL, "prompt": "x", "extra_body": {"return_token_ids": True}}
+    whole = (await client.completions.create(**arguments)).choices[0]
+    assert whole.model_extra == {"token_ids": expected}
+    chunks = [c.choices[0] async for c in await client.completions.create(**arguments, stream=True)]
+    assert [id_ for c in chunks for id_ in (c.model_extra or {})["token_ids"]] == expected
+    plain = [c.choices[0] async for c in await client.completions.create(model=MODEL, prompt="x", stream=True)]
+    assert all(c.text for c in plain[:-1])
+    assert not any(c.model_extra for c in plain)
+
+
 async def test_many_streams_at_once_keep_their_words_apart(
     client: openai.AsyncOpenAI, instance: ScriptedInstance
 ) -> None:
