@@ -35,8 +35,9 @@ from splitwise_sched.types import Output, Request, RequestState, Role, check_id
 logger = logging.getLogger(__name__)
 
 BLOCK_MS = 500
-MAX_CLAIM = 16
+MAX_CLAIM = 64
 MAX_HELD = 100_000
+INBOX_FIELDS = {"id", "epoch", "prefill", "frontend"}
 BIND_RETRY_S = 0.01
 PAUSE_AFTER_FAILURE_S = 0.2
 REREGISTER_PAUSE_S = 1.0
@@ -212,11 +213,11 @@ class InstanceSession:
             else:
                 entries[frontend_id] += (output.request_id, encode_output(output))
         for frontend_id, values in entries.items():
-            self._watch(self.store.publish(frontend_id, values))
+            self.store.publish(frontend_id, values, on_reply=self._answered)
         for output in ended:
             del self._frontends[(output.request_id, output.epoch)]
             assert output.finish_reason is not None
-            reply = self.store.finish(
+            self.store.finish(
                 output.request_id,
                 output.epoch,
                 self.instance_id,
@@ -224,13 +225,18 @@ class InstanceSession:
                 retain_ms=self._retain_ms,
                 reason=output.finish_reason.value,
                 notes=output.stats or {},
+                on_reply=self._answered,
             )
-            self._watch(reply)
 
     def step(self, request_id: str, epoch: int, notes: Mapping[str, float | int | str]) -> None:
         """The request's KV is here and decode begins; ``Dropped`` follows when the run was over already."""
-        reply = self.store.step(request_id, epoch, self.instance_id, notes)
-        self._watch(reply, (request_id, epoch))
+
+        def answered(reply: Any) -> None:
+            self._answered(reply)
+            if reply == 0:
+                self._drop(request_id, epoch, "it was taken back")
+
+        self.store.step(request_id, epoch, self.instance_id, notes, on_reply=answered)
 
     def release(self, request_id: str, epoch: int) -> None:
         """This instance's part of a run is over without an end of the request: decode has taken it over."""
@@ -239,20 +245,14 @@ class InstanceSession:
     def give_back(self, request_id: str, epoch: int, why: str, *, retry: bool) -> None:
         """This instance cannot go on with the run; ``retry`` when another try may succeed."""
         self._frontends.pop((request_id, epoch), None)
-        reply = self.store.give_back(request_id, epoch, self.instance_id, why, retry=retry, retain_ms=self._retain_ms)
-        self._watch(reply)
+        self.store.give_back(
+            request_id, epoch, self.instance_id, why, retry=retry, retain_ms=self._retain_ms, on_reply=self._answered
+        )
 
-    def _watch(self, reply: asyncio.Future[Any], run: tuple[str, int] | None = None) -> None:
-        def done(future: asyncio.Future[Any]) -> None:
-            if future.cancelled():
-                return
-            if (exc := future.exception()) is not None:
-                # What was to be told is lost with it, so others must take the work over.
-                self._lose(f"Redis did not take its outputs: {exc}")
-            elif run is not None and not future.result():
-                self._drop(*run, "it was taken back")
-
-        reply.add_done_callback(done)
+    def _answered(self, reply: Any) -> None:
+        if isinstance(reply, Exception):
+            # What was to be told is lost with it, so others must take the work over.
+            self._lose(f"Redis did not take its outputs: {reply}")
 
     def _drop(self, request_id: str, epoch: int, reason: str) -> None:
         if self._frontends.pop((request_id, epoch), None) is not None:
@@ -303,14 +303,15 @@ class InstanceSession:
 
     async def _bind(self, claims: list[Claim]) -> list[Claim]:
         """Bind what can be bound; returns the claims that have to wait for a decode instance, in order."""
+        # In one round trip; the body of a claim that has to wait is fetched in vain, and again.
+        bodies = self.store.bodies([claim.request_id for claim in claims])
         answers = await self.store.bind(self.instance_id, claims, self._retain_ms)
-        by_id = {claim.request_id: claim for claim in claims}
-        waiting = [by_id[a.request_id] for a in answers if a.verdict == "WAIT"]
+        by_id = {claim.request_id: (claim, body) for claim, body in zip(claims, await bodies, strict=True)}
+        waiting = [by_id[a.request_id][0] for a in answers if a.verdict == "WAIT"]
         bound = [a for a in answers if a.verdict == "BOUND"]
-        bodies = await self.store.bodies([a.request_id for a in bound])
-        peers = [await self._fields_of(a.decode_instance) for a in bound]
-        for answer, body, decode_fields in zip(bound, bodies, peers, strict=True):
-            claim = by_id[answer.request_id]
+        peers = [self._peers.get(a.decode_instance) or await self._fields_of(a.decode_instance) for a in bound]
+        for answer, decode_fields in zip(bound, peers, strict=True):
+            claim, body = by_id[answer.request_id]
             self._frontends[(claim.request_id, claim.epoch)] = answer.frontend_id
             request = self._open(claim.request_id, claim.epoch, body)
             if request is not None:
@@ -332,30 +333,32 @@ class InstanceSession:
             try:
                 entries = await reader.read(positions, BLOCK_MS, 256)
                 # An inbox entry is seen before the word to drop it.
-                for key, entry_id, fields in sorted(entries, key=lambda e: e[0] != inbox):
-                    if key == inbox:
-                        await self._take_in(fields)
-                    elif "drop" in fields and fields.get("epoch", "").isdigit():
+                await self._take_in([fields for key, _, fields in entries if key == inbox])
+                for key, entry_id, fields in entries:
+                    if key == control and "drop" in fields and fields.get("epoch", "").isdigit():
                         self._drop(fields["drop"], int(fields["epoch"]), fields.get("why", ""))
                     positions[key] = entry_id
             except StoreUnavailable as exc:
                 logger.warning("%s", exc)
                 await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
 
-    async def _take_in(self, fields: Mapping[str, str]) -> None:
-        request_id, prefill, epoch_text = fields.get("id", ""), fields.get("prefill", ""), fields.get("epoch", "")
-        if not request_id or not epoch_text.isdigit() or prefill == self.instance_id:
+    async def _take_in(self, entries: list[dict[str, str]]) -> None:
+        """What the inbox says that this instance decodes; what it prefills itself is there too."""
+        mine = [e for e in entries if e.keys() >= INBOX_FIELDS and e["epoch"].isdigit()]
+        mine = [e for e in mine if e["prefill"] != self.instance_id]
+        if not mine:
             return
-        epoch = int(epoch_text)
-        self._frontends[(request_id, epoch)] = fields.get("frontend", "")
-        prefill_fields = await self._fields_of(prefill)
-        if not prefill_fields:
-            # Its lease has lapsed; whoever reaps it takes this run back.
-            self._frontends.pop((request_id, epoch))
-            return
-        request = self._open(request_id, epoch, (await self.store.bodies([request_id]))[0])
-        if request is not None:
-            self._emit(DecodeAssigned(request, epoch, prefill, prefill_fields))
+        bodies = await self.store.bodies([e["id"] for e in mine])
+        for entry, body in zip(mine, bodies, strict=True):
+            request_id, prefill, epoch = entry["id"], entry["prefill"], int(entry["epoch"])
+            prefill_fields = self._peers.get(prefill) or await self._fields_of(prefill)
+            if not prefill_fields:
+                # Its lease has lapsed; whoever reaps it takes this run back.
+                continue
+            self._frontends[(request_id, epoch)] = entry["frontend"]
+            request = self._open(request_id, epoch, body)
+            if request is not None:
+                self._emit(DecodeAssigned(request, epoch, prefill, prefill_fields))
 
     async def _fields_of(self, instance_id: str) -> Mapping[str, str]:
         """Lease record of another instance, {} when it lapsed; what does not change in it may be some time old."""

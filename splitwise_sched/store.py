@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from splitwise_sched.connection import Connection, as_dict
@@ -12,6 +12,7 @@ from splitwise_sched.keys import PREFILL_GROUP
 from splitwise_sched.records import Bound, Claim, InstanceRecord, Registration
 
 OUT_MAXLEN = 200_000
+OnReply = Callable[[Any], None]
 HELLO = "#hello"  # a field that is no request id: it only makes the stream exist
 
 
@@ -173,9 +174,9 @@ class Store(Connection):
     async def instance_fields(self, instance_id: str) -> dict[str, str]:
         return as_dict(await self.call("HGETALL", self.keys.instance(instance_id)))
 
-    async def bodies(self, request_ids: Sequence[str]) -> list[bytes | None]:
-        calls = [self.call("GET", self.keys.body(i), binary=True) for i in request_ids]
-        return list(await asyncio.gather(*calls))
+    def bodies(self, request_ids: Sequence[str]) -> asyncio.Future[list[bytes | None]]:
+        """[num_requests], at least one; None where there is none."""
+        return self.call("MGET", *map(self.keys.body, request_ids), binary=True)
 
     async def bind(self, instance_id: str, claims: Sequence[Claim], retain_ms: int) -> list[Bound]:
         """See bind.lua. Raises Fenced when this instance has no lease."""
@@ -187,11 +188,17 @@ class Store(Connection):
         return [Bound(*row) for row in reply]
 
     def step(
-        self, request_id: str, epoch: int, instance_id: str, notes: Mapping[str, float | int | str]
-    ) -> asyncio.Future[Any]:
-        """See step.lua; the future's result is 1 or 0."""
-        k = self.keys
-        return self.script("step", (k.request(request_id), k.queue), request_id, epoch, instance_id, *_flat(notes))
+        self,
+        request_id: str,
+        epoch: int,
+        instance_id: str,
+        notes: Mapping[str, float | int | str],
+        *,
+        on_reply: OnReply,
+    ) -> None:
+        """See step.lua; ``on_reply`` gets 1, 0 or an exception."""
+        keys = (self.keys.request(request_id), self.keys.queue)
+        self.tell_script("step", keys, request_id, epoch, instance_id, *_flat(notes), on_reply=on_reply)
 
     def finish(
         self,
@@ -203,25 +210,27 @@ class Store(Connection):
         retain_ms: int,
         reason: str,
         notes: Mapping[str, float | int | str],
-    ) -> asyncio.Future[Any]:
-        """See finish.lua; the future's result is 1 or 0."""
+        on_reply: OnReply,
+    ) -> None:
+        """See finish.lua; ``on_reply`` gets 1, 0 or an exception."""
         k = self.keys
         keys = (k.request(request_id), k.queue, k.deadlines, k.counters, k.body(request_id))
-        return self.script("finish", keys, request_id, epoch, instance_id, output, retain_ms, reason, *_flat(notes))
+        args = (request_id, epoch, instance_id, output, retain_ms, reason, *_flat(notes))
+        self.tell_script("finish", keys, *args, on_reply=on_reply)
 
     def give_back(
-        self, request_id: str, epoch: int, instance_id: str, why: str, *, retry: bool, retain_ms: int
-    ) -> asyncio.Future[Any]:
-        """See give_back.lua; the future's result is 1 or 0."""
+        self, request_id: str, epoch: int, instance_id: str, why: str, *, retry: bool, retain_ms: int, on_reply: OnReply
+    ) -> None:
+        """See give_back.lua; ``on_reply`` gets 1, 0 or an exception."""
         k = self.keys
         keys = (k.request(request_id), k.queue, k.deadlines, k.counters)
-        return self.script(
-            "give_back", keys, request_id, epoch, instance_id, why, "retry" if retry else "fail", retain_ms
-        )
+        args = (request_id, epoch, instance_id, why, "retry" if retry else "fail", retain_ms)
+        self.tell_script("give_back", keys, *args, on_reply=on_reply)
 
-    def publish(self, frontend_id: str, values: Sequence[str]) -> asyncio.Future[Any]:
+    def publish(self, frontend_id: str, values: Sequence[str], *, on_reply: OnReply) -> None:
         """One entry for a front end: request id, output, request id, output ...; dropped when the front end is gone."""
-        return self.call("XADD", self.keys.out(frontend_id), "NOMKSTREAM", "MAXLEN", "~", OUT_MAXLEN, "*", *values)
+        out = self.keys.out(frontend_id)
+        self.tell("XADD", out, "NOMKSTREAM", "MAXLEN", "~", OUT_MAXLEN, "*", *values, on_reply=on_reply)
 
     async def expire(self, limit: int, retain_ms: int) -> int:
         """See expire.lua."""
