@@ -41,6 +41,8 @@ def encode_request(request: Request) -> bytes:
             "emitted": _pack_ids(request.emitted_token_ids),
             "sampling": asdict(request.sampling),
             "timeout_s": request.timeout_s,
+            "priority": request.priority,
+            "tenant": request.tenant,
             "metadata": _pack_metadata(request),
         }
     )
@@ -80,6 +82,8 @@ def decode_request(body: bytes) -> Request:
         emitted_token_ids=_unpack_ids(raw, "emitted"),
         sampling=_sampling(raw.get("sampling")),
         timeout_s=timeout,
+        priority=_text(raw, "priority"),
+        tenant=_text(raw, "tenant"),
         metadata=_unpack_metadata(raw.get("metadata", b"")),
     )
 

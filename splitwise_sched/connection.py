@@ -39,6 +39,7 @@ MIN_VERSION = (6, 2, 0)
 CONNECT_TIMEOUT_S = 3.0
 COMMAND_TIMEOUT_S = 5.0
 RETRY_FIRST_S, RETRY_MAX_S = 0.02, 0.5
+PRELUDE = ("common", "waiting_room", "rate")
 SCRIPTS = (
     "submit", "resubmit", "bind", "step", "finish", "give_back", "cancel", "expire", "register", "renew", "drain",
     "reap",
@@ -52,8 +53,9 @@ _DENIED = (AuthenticationError, AuthorizationError, NoPermissionError)
 
 def _script_texts() -> dict[str, str]:
     folder = resources.files("splitwise_sched") / "lua"
-    common = (folder / "common.lua").read_text(encoding="utf-8")
-    return {name: common + (folder / f"{name}.lua").read_text(encoding="utf-8") for name in SCRIPTS}
+    texts = {path: (folder / f"{path}.lua").read_text(encoding="utf-8") for path in (*PRELUDE, *SCRIPTS)}
+    prelude = "".join(texts[name] for name in PRELUDE)
+    return {name: prelude + texts[name] for name in SCRIPTS}
 
 
 class Link:

@@ -17,11 +17,19 @@ from dataclasses import replace
 
 from splitwise_sched.assembly import Assembly
 from splitwise_sched.codec import encode_request
-from splitwise_sched.errors import DuplicateRequest, QueueFull, RequestFailed, SplitwiseError, StoreUnavailable
+from splitwise_sched.errors import (
+    DeadlineUnreachable,
+    DuplicateRequest,
+    InvalidRequest,
+    QueueFull,
+    RequestFailed,
+    SplitwiseError,
+    StoreUnavailable,
+)
 from splitwise_sched.outputs import Lost, MalformedOutput, decode_output
 from splitwise_sched.records import InstanceRecord
 from splitwise_sched.settings import SchedulerSettings
-from splitwise_sched.store import HELLO, Store
+from splitwise_sched.store import HELLO, Flow, Store
 from splitwise_sched.sweeper import Sweeper
 from splitwise_sched.types import FinishReason, Output, Request, check_id
 
@@ -102,6 +110,7 @@ class FrontEnd:
         self._tasks: list[asyncio.Task[None]] = []
         self._lease_ms = int(settings.frontend_lease_s * 1000)
         self._retain_ms = int(settings.scheduler_ttl * 1000)
+        self._class_weights = settings.class_weights
         self._read_up_to = "0-0"
         self._verify_now = asyncio.Event()
         self._seen_at = 0.0
@@ -163,6 +172,7 @@ class FrontEnd:
             InvalidRequest: it could not be served anywhere.
             DuplicateRequest: the topic has seen this id.
             QueueFull: with depth, limit and when to try again.
+            DeadlineUnreachable: the same, because it would expire before its turn.
             StoreUnavailable: Redis does not answer; the request may be queued nevertheless, and expires there.
         """
         if request.sampling.seed is None and request.sampling.temperature > 0:
@@ -170,6 +180,7 @@ class FrontEnd:
         if request.request_id in self._streams:
             raise DuplicateRequest(request.request_id, "in flight")
         timeout_s = request.timeout_s or self.settings.scheduler_ttl
+        flow = self._flow(request)
         body = encode_request(request)
         nonce = secrets.token_hex(8)
         stream = OutputStream(self, request, nonce, time.monotonic() + timeout_s)
@@ -186,6 +197,7 @@ class FrontEnd:
                 input_tokens=request.num_input_tokens,
                 kv_tokens=self._kv_tokens(request),
                 model=request.model,
+                flow=flow,
             )
         except BaseException:
             self._streams.pop(request.request_id, None)
@@ -193,9 +205,12 @@ class FrontEnd:
         if verdict == "QUEUED":
             return stream
         self._streams.pop(request.request_id, None)
+        limit = self.settings.scheduler_max_size
         if verdict == "FULL":
-            raise QueueFull(int(detail), self.settings.scheduler_max_size, self._retry_after_s(int(detail)))
-        raise DuplicateRequest(request.request_id, str(detail))
+            raise QueueFull(int(detail[0]), limit, self._retry_after_s(int(detail[0])))
+        if verdict == "LATE":
+            raise DeadlineUnreachable(int(detail[0]), limit, int(detail[1]) / 1000, timeout_s)
+        raise DuplicateRequest(request.request_id, str(detail[0]))
 
     async def cancel(self, request_id: str, reason: str = "cancelled by its user") -> bool:
         """End the request with exactly this id, wherever it is; both its instances are told.
@@ -224,6 +239,14 @@ class FrontEnd:
     async def request_record(self, request_id: str) -> Mapping[str, str]:
         """The request's readable record, {} when there is none (any more)."""
         return await self.store.request_record(request_id)
+
+    def _flow(self, request: Request) -> Flow:
+        weights = self._class_weights
+        if request.priority not in weights:
+            raise InvalidRequest(
+                f"priority is {request.priority!r}: the classes here are {', '.join(weights)}", param="priority"
+            )
+        return Flow(request.priority, weights[request.priority], request.tenant or "-")
 
     def _kv_tokens(self, request: Request) -> int:
         """KV to reserve on decode: what comes in, and the part of the output that is promised room."""
@@ -310,6 +333,7 @@ class FrontEnd:
                 model=request.model,
                 attempts=stream.attempts,
                 done_too=done_too,
+                flow=self._flow(request),
             )
         except StoreUnavailable as exc:
             logger.warning("%s is put back when Redis answers again: %s", request.request_id, exc)

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from splitwise_sched.types import check_id
+from splitwise_sched.types import CLASS_PATTERN, check_id
 
 
 class ExplicitSettings(BaseSettings):
@@ -48,6 +48,10 @@ class SchedulerSettings(ExplicitSettings):
     scheduler_max_size: int = Field(
         10_000, ge=-1, description="Requests queued or in prefill, at most, before submit is refused; -1: no limit."
     )
+    priority_classes: tuple[str, ...] = Field(
+        ("interactive:8", "default:4", "batch:1"),
+        description="Classes of service and their weights, when prefill is short; the same for all of a topic.",
+    )
     scheduler_max_attempts: int = Field(
         5, ge=1, le=100, description="Times a request is started before it goes to the dead letter."
     )
@@ -63,6 +67,19 @@ class SchedulerSettings(ExplicitSettings):
     redis_timeout_s: float = Field(
         10.0, gt=0, le=300, description="How long a command is retried while Redis cannot be reached."
     )
+
+    @field_validator("priority_classes")
+    @classmethod
+    def _classes_have_weights(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for item in value:
+            name, _, weight = item.partition(":")
+            if not CLASS_PATTERN.fullmatch(name) or not weight.isdigit() or not 1 <= int(weight) <= 1000:
+                raise ValueError(f"{item!r} is no class: give name:weight with a weight from 1 to 1000")
+        return value
+
+    @property
+    def class_weights(self) -> dict[str, int]:
+        return {name: int(weight) for name, _, weight in (item.partition(":") for item in self.priority_classes)}
 
     @field_validator("scheduler_topic")
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from splitwise_sched.connection import Connection, as_dict
 from splitwise_sched.errors import CommandRefused
@@ -14,6 +14,14 @@ from splitwise_sched.records import Bound, Claim, InstanceRecord, Registration
 OUT_MAXLEN = 200_000
 OnReply = Callable[[Any], None]
 HELLO = "#hello"  # a field that is no request id: it only makes the stream exist
+
+
+class Flow(NamedTuple):
+    """Whose share of the service a request is charged to."""
+
+    priority: str
+    weight: float
+    tenant: str
 
 
 class Store(Connection):
@@ -33,17 +41,18 @@ class Store(Connection):
         input_tokens: int,
         kv_tokens: int,
         model: str,
-    ) -> tuple[str, Any]:
-        """See submit.lua. The body of a request that is refused does not stay."""
+        flow: Flow,
+    ) -> tuple[str, list[Any]]:
+        """See submit.lua: the verdict and what comes with it. The body of a request that is refused does not stay."""
         k = self.keys
         set_body = self.call("SET", k.body(request_id), body, "NX", "PX", timeout_ms + retain_ms)
         reply = await self.script(
             "submit", (k.request(request_id), k.queue, k.deadlines, k.counters), request_id, frontend_id, nonce,
-            self._settings.scheduler_max_size, timeout_ms, retain_ms, input_tokens, kv_tokens, model,
+            self._settings.scheduler_max_size, timeout_ms, retain_ms, input_tokens, kv_tokens, model, *flow,
         )  # fmt: skip
         if reply[0] != "QUEUED" and await set_body:
             await self.call("UNLINK", k.body(request_id))
-        return reply[0], reply[1]
+        return reply[0], reply[1:]
 
     async def resubmit(
         self,
@@ -60,6 +69,7 @@ class Store(Connection):
         model: str,
         attempts: int,
         done_too: bool,
+        flow: Flow,
     ) -> list[Any]:
         """See resubmit.lua. Only for a request that nobody works on: the body is replaced."""
         k = self.keys
@@ -67,7 +77,7 @@ class Store(Connection):
         return cast("list[Any]", await self.script(
             "resubmit", (k.request(request_id), k.queue, k.deadlines, k.counters), request_id, frontend_id, nonce,
             epoch_seen, timeout_ms, retain_ms, input_tokens, kv_tokens, model,
-            self._settings.scheduler_max_attempts, attempts, int(done_too),
+            self._settings.scheduler_max_attempts, attempts, int(done_too), *flow,
         ))  # fmt: skip
 
     async def cancel(self, request_id: str, why: str, retain_ms: int, state: str = "cancelled") -> tuple[bool, str]:

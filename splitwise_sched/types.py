@@ -11,6 +11,7 @@ from typing import Any
 from splitwise_sched.errors import InvalidRequest
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+CLASS_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,32}")
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
@@ -114,6 +115,8 @@ class Request:
         emitted_token_ids: output tokens that an earlier run of this request already gave to its user; the engine
             computes them as if they were prompt, and its first new token has output index ``len(emitted_token_ids)``.
         timeout_s: from submit to the last token; the front end's default when None.
+        priority: class of service, one of the front end's ``priority_classes``.
+        tenant: inside a class, tenants share equally; "" is one of them.
         metadata: what an embedding program wants to find again at its engine: JSON values, carried and not looked at;
             the bounds are codec.py's.
     """
@@ -125,9 +128,17 @@ class Request:
     emitted_token_ids: tuple[int, ...] = ()
     timeout_s: float | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    priority: str = "default"
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         check_id("request", self.request_id)
+        if self.tenant:
+            check_id("tenant", self.tenant)
+        if not CLASS_PATTERN.fullmatch(self.priority):
+            raise InvalidRequest(
+                f"priority is {self.priority[:80]!r}: it must be the name of a class", param="priority"
+            )
         if not self.prompt_token_ids:
             raise InvalidRequest("the prompt has no tokens: give at least one", param="prompt")
 

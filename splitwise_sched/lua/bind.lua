@@ -74,6 +74,8 @@ for i = 4, #ARGV, 3 do
                  'inbox_entry', inbox_entry, 'kv_reserved', tokens, 'claimed_ms', now)
       redis.call('HINCRBY', P .. 'request:' .. id, 'attempts', 1)
       count('bound')
+      owe(r.class, nil, -tonumber(r.input_tokens))
+      took(tonumber(r.input_tokens), now)
       result[#result + 1] = {id, 'BOUND', decode, r.frontend}
     elseif never then
       terminate(id, r, 'failed', 'no decode instance has a KV pool that holds its ' .. r.input_tokens .. ' input tokens',
@@ -85,4 +87,6 @@ for i = 4, #ARGV, 3 do
     end
   end
 end
+feed_queue()
+if unclaimed() == 0 then nobody_waits() end
 return result

@@ -1,12 +1,15 @@
--- common: what several scripts do to a request. store.py puts this text in front of every script.
+-- common: what several scripts do to a request. This text, waiting_room.lua and rate.lua stand in
+-- front of every script.
 --   ARGV[1]  key prefix of the shard, "pd:{topic:shard}:"
 -- Keys that depend on what a record says (who holds the request) are built from the prefix: the hash tag in it keeps
 -- them in the slot of the declared ones, and an ACL's key pattern applies to them all the same.
 
 local P = ARGV[1]
 local FIELDS = {'state', 'epoch', 'attempts', 'frontend', 'queue_entry', 'prefill', 'decode', 'inbox_entry',
-                'kv_reserved', 'kv_tokens', 'input_tokens', 'deadline_ms', 'model'}
+                'kv_reserved', 'kv_tokens', 'input_tokens', 'deadline_ms', 'model', 'class', 'tenant', 'weight'}
 local HISTORY_CHARS = 2000
+local leave_room, feed_queue -- waiting_room.lua
+local owe -- rate.lua
 
 local function now_ms()
   local t = redis.call('TIME')
@@ -55,7 +58,10 @@ local function let_go(id, r, from, why)
   if r.queue_entry then
     redis.call('XACK', P .. 'queue', 'prefill', r.queue_entry)
     redis.call('XDEL', P .. 'queue', r.queue_entry)
+  elseif r.state == 'queued' then
+    leave_room(id, r)
   end
+  if r.state == 'queued' then owe(r.class, nil, -tonumber(r.input_tokens)) end
   if r.inbox_entry and r.decode then
     redis.call('XDEL', P .. 'inbox:' .. r.decode, r.inbox_entry)
     reserve(r.decode, -tonumber(r.kv_reserved or 0), -1)
@@ -114,4 +120,5 @@ local function terminate(id, r, state, why, retain_ms)
                r.attempts or 0, 'history', redis.call('HGET', P .. 'request:' .. id, 'history') or '')
   end
   notify(r.frontend, id, epoch .. ':0::' .. cjson.encode({finish = finish, detail = why}))
+  feed_queue()
 end

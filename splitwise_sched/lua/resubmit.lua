@@ -5,6 +5,8 @@
 --   ARGV[8]  input tokens (prompt and what was emitted)     [9] KV tokens to reserve     [10] model
 --   ARGV[11] attempts at most  [12] attempts that the front end knows of
 --   ARGV[13] "1": also when it is done, because its last outputs never came to the front end
+--   ARGV[14] class             [15] its weight            [16] tenant
+--   It was served its share before, so it does not wait in the waiting room again.
 --   returns  {"QUEUED", epoch} | {"HELD", state} | {"ENDED", state, reason} | {"FAILED", reason}
 
 local id, timeout, retain = ARGV[2], tonumber(ARGV[6]), tonumber(ARGV[7])
@@ -30,7 +32,8 @@ end
 local entry = enqueue(id, epoch, ARGV[8], ARGV[10])
 redis.call('HSET', KEYS[1], 'state', 'queued', 'epoch', epoch, 'attempts', attempts, 'frontend', ARGV[3],
            'nonce', ARGV[4], 'model', ARGV[10], 'input_tokens', ARGV[8], 'kv_tokens', ARGV[9],
-           'deadline_ms', now + timeout, 'queue_entry', entry)
+           'class', ARGV[14], 'weight', ARGV[15], 'tenant', ARGV[16], 'deadline_ms', now + timeout, 'queue_entry', entry)
+owe(ARGV[14], ARGV[15], tonumber(ARGV[8]))
 redis.call('HDEL', KEYS[1], 'finished_ms')
 redis.call('PEXPIRE', KEYS[1], timeout + retain)
 redis.call('ZADD', KEYS[3], now + timeout, id)

@@ -3,7 +3,9 @@
 --   ARGV[2]  request id        [3] front end        [4] nonce of this submit: a retried call is recognised by it
 --   ARGV[5]  queue limit, -1 for none      [6] ms until it expires      [7] ms that its record is kept after its end
 --   ARGV[8]  input tokens      [9] KV tokens to reserve on decode       [10] model
+--   ARGV[11] class             [12] its weight            [13] tenant
 --   returns  {"QUEUED", epoch} | {"DUPLICATE", state} | {"FULL", depth}
+--            | {"LATE", depth, ms that those before it take at the rate of late}
 
 local id, timeout, retain = ARGV[2], tonumber(ARGV[6]), tonumber(ARGV[7])
 local seen = redis.call('HMGET', KEYS[1], 'state', 'nonce', 'epoch')
@@ -11,17 +13,25 @@ if seen[1] then
   if seen[2] == ARGV[4] then return {'QUEUED', tonumber(seen[3])} end
   return {'DUPLICATE', seen[1]}
 end
-local limit, depth = tonumber(ARGV[5]), redis.call('XLEN', KEYS[2])
+local waiting = tonumber(redis.call('HGET', KEYS[4], 'waiting') or 0)
+local limit, depth = tonumber(ARGV[5]), redis.call('XLEN', KEYS[2]) + waiting
 if limit >= 0 and depth >= limit then
   count('rejected')
   return {'FULL', depth}
 end
+local late_ms = backlog_ms(ARGV[11], tonumber(ARGV[12]))
+if late_ms and late_ms > timeout then
+  count('rejected')
+  return {'LATE', depth, late_ms}
+end
 local now = now_ms()
-local entry = enqueue(id, 1, ARGV[8], ARGV[10])
 redis.call('HSET', KEYS[1], 'state', 'queued', 'epoch', 1, 'attempts', 0, 'frontend', ARGV[3], 'nonce', ARGV[4],
-           'model', ARGV[10], 'input_tokens', ARGV[8], 'kv_tokens', ARGV[9], 'created_ms', now,
-           'deadline_ms', now + timeout, 'queue_entry', entry)
+           'model', ARGV[10], 'input_tokens', ARGV[8], 'kv_tokens', ARGV[9], 'class', ARGV[11], 'weight', ARGV[12],
+           'tenant', ARGV[13], 'created_ms', now, 'deadline_ms', now + timeout)
 redis.call('PEXPIRE', KEYS[1], timeout + retain)
 redis.call('ZADD', KEYS[3], now + timeout, id)
+admit(id, {epoch = 1, input_tokens = ARGV[8], model = ARGV[10], class = ARGV[11], tenant = ARGV[13],
+           deadline_ms = now + timeout})
+owe(ARGV[11], ARGV[12], tonumber(ARGV[8]))
 count('submitted')
 return {'QUEUED', 1}

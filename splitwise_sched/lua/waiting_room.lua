@@ -1,0 +1,95 @@
+-- waiting room: where requests wait while the queue stream is long enough for those who claim from it.
+--
+-- The stream is kept short, since what is in it is served in order. Who enters it next is decided here, by weighted
+-- fair queueing on two levels (Goyal et al., Start-time Fair Queueing, SIGCOMM 1996): between classes by their weights,
+-- inside a class between tenants equally; the cost of a request is the KV tokens that it reserves. Of a tenant's
+-- requests in a class the one with the earliest deadline goes first. A flow that was idle saves nothing up: it starts
+-- at the virtual time. An empty room costs one EXISTS a submit.
+--
+--   waiting                     ZSET  class by the start of its next service (virtual time)
+--   waiting:<class>             ZSET  tenant, likewise
+--   waiting:<class>:<tenant>    ZSET  request id by deadline (ms)
+--   served:<ring>               ZSET  flows that have left a ring ahead of the virtual time, by the end of their service
+--   virtual-time                HASH  by ring: "classes", "class:<class>"
+
+local SHORT_QUEUE = 64
+
+local function unclaimed()
+  local pending = redis.pcall('XPENDING', P .. 'queue', 'prefill')
+  return redis.call('XLEN', P .. 'queue') - (pending.err and 0 or pending[1])
+end
+
+local function activate(key, ring, flow)
+  local now = tonumber(redis.call('HGET', P .. 'virtual-time', ring) or 0)
+  local ended = tonumber(redis.call('ZSCORE', P .. 'served:' .. ring, flow) or 0)
+  redis.call('ZADD', key, 'NX', math.max(now, ended), flow)
+end
+
+-- the flow that is first in a ring was served `amount`; it stays in it while it has more
+local function charge(key, ring, flow, amount, has_more)
+  local start = tonumber(redis.call('ZSCORE', key, flow))
+  redis.call('HSET', P .. 'virtual-time', ring, string.format('%.6f', start))
+  if has_more then
+    redis.call('ZADD', key, start + amount, flow)
+  else
+    redis.call('ZREM', key, flow)
+    redis.call('ZREMRANGEBYSCORE', P .. 'served:' .. ring, '-inf', start)
+    redis.call('ZADD', P .. 'served:' .. ring, start + amount, flow)
+  end
+end
+
+local function room_of(class, tenant)
+  return P .. 'waiting:' .. class .. ':' .. tenant
+end
+
+local function enter_room(id, r)
+  redis.call('ZADD', room_of(r.class, r.tenant), r.deadline_ms, id)
+  activate(P .. 'waiting:' .. r.class, 'class:' .. r.class, r.tenant)
+  activate(P .. 'waiting', 'classes', r.class)
+  count('waiting')
+end
+
+leave_room = function(id, r)
+  if redis.call('ZREM', room_of(r.class, r.tenant), id) == 0 then return end
+  count('waiting', -1)
+  if redis.call('EXISTS', room_of(r.class, r.tenant)) == 0 then
+    redis.call('ZREM', P .. 'waiting:' .. r.class, r.tenant)
+    if redis.call('EXISTS', P .. 'waiting:' .. r.class) == 0 then redis.call('ZREM', P .. 'waiting', r.class) end
+  end
+end
+
+local function next_in(key)
+  return redis.call('ZRANGE', key, 0, 0)[1]
+end
+
+feed_queue = function()
+  if redis.call('EXISTS', P .. 'waiting') == 0 then return end
+  for _ = 1, SHORT_QUEUE - unclaimed() do
+    local class = next_in(P .. 'waiting')
+    if not class then return end
+    local tenant = next_in(P .. 'waiting:' .. class)
+    local id = tenant and next_in(room_of(class, tenant))
+    if not id then return end
+    redis.call('ZREM', room_of(class, tenant), id)
+    count('waiting', -1)
+    local r = load(id)
+    local cost = r and tonumber(r.kv_tokens) or 0
+    charge(P .. 'waiting:' .. class, 'class:' .. class, tenant, cost,
+           redis.call('EXISTS', room_of(class, tenant)) == 1)
+    charge(P .. 'waiting', 'classes', class, cost / (r and tonumber(r.weight) or 1),
+           redis.call('EXISTS', P .. 'waiting:' .. class) == 1)
+    if r and r.state == 'queued' and not r.queue_entry then
+      redis.call('HSET', P .. 'request:' .. id, 'queue_entry', enqueue(id, r.epoch, r.input_tokens, r.model))
+    end
+  end
+end
+
+-- a new request goes into the stream when nobody waits and it is short; else into the room
+local function admit(id, r)
+  if redis.call('EXISTS', P .. 'waiting') == 0 and unclaimed() < SHORT_QUEUE then
+    redis.call('HSET', P .. 'request:' .. id, 'queue_entry', enqueue(id, r.epoch, r.input_tokens, r.model))
+  else
+    enter_room(id, r)
+    feed_queue()
+  end
+end
