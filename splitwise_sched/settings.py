@@ -75,6 +75,8 @@ class SchedulerSettings(ExplicitSettings):
             name, _, weight = item.partition(":")
             if not CLASS_PATTERN.fullmatch(name) or not weight.isdigit() or not 1 <= int(weight) <= 1000:
                 raise ValueError(f"{item!r} is no class: give name:weight with a weight from 1 to 1000")
+        if not any(item.startswith("default:") for item in value):
+            raise ValueError("there is no class named default, which requests without a priority are in: add one")
         return value
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 
 from splitwise_sched.errors import InvalidRequest
 from splitwise_sched.gateway.errors import ApiError
-from splitwise_sched.types import MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
+from splitwise_sched.types import ID_PATTERN, MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
 
 MAX_MESSAGES = 10_000
 _SHOWN_CHARACTERS = 120
@@ -85,6 +86,8 @@ class Call(_Body):
     stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
     ignore_eos: bool = False
     return_token_ids: bool = False
+    priority: str | None = None
+    user: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -98,8 +101,16 @@ class Call(_Body):
         return self.max_tokens
 
     @property
+    def tenant(self) -> str:
+        """Who shares the service equally with others: the ``user``; by its hash where that is no id."""
+        if not self.user or ID_PATTERN.fullmatch(self.user):
+            return self.user or ""
+        return hashlib.sha256(self.user.encode()).hexdigest()[:32]
+
+    @property
     def num_logprobs(self) -> int | None:
-        raise NotImplementedError
+        """See SamplingParams.logprobs; each route asks for them in its own way."""
+        return None
 
     def sampling(self, max_tokens: int) -> SamplingParams:
         """Raises InvalidRequest naming the field."""

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 # Tokenizing so much takes about 10 ms, for which the other streams would wait.
 LONG_TEXT_CHARS = 20_000
+DEFAULT_PRIORITY = "default"
 
 
 class Answer:
@@ -87,6 +88,8 @@ class CompletionService:
             tuple(prompt),
             call.sampling(max_tokens),
             timeout_s=self._settings.request_timeout_s,
+            priority=call.priority or DEFAULT_PRIORITY,
+            tenant=call.tenant,
         )
         stream = await self._frontend.submit(request)
         timer.took_prompt(len(prompt))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -159,3 +160,13 @@ def test_any_json_is_a_call_or_an_error_for_its_user(body: dict[str, Any]) -> No
         except ApiError as exc:
             assert exc.status == 400
             assert exc.message
+
+
+@pytest.mark.parametrize(
+    ("user", "tenant"),
+    [(None, ""), ("", ""), ("team-a", "team-a"), ("a@b.example", hashlib.sha256(b"a@b.example").hexdigest()[:32])],
+)
+def test_user_is_the_tenant_and_goes_by_its_hash_where_it_is_no_id(user, tenant):
+    body = json.dumps({"model": "m", "prompt": "x", "user": user, "priority": "batch"}).encode()
+    call = parse_call(CompletionCall, body)
+    assert (call.tenant, call.priority) == (tenant, "batch")
