@@ -95,7 +95,7 @@ def used_commands() -> list[tuple[str, ...]]:
     """Every command that the scripts and the modules above the connection send, with its subcommand if it has one."""
     package = ROOT / "splitwise_sched"
     word = r"\s*['\"]([A-Z]+)['\"](?:,\s*['\"]([A-Z]+)['\"])?"
-    patterns = {"lua/*.lua": r"redis\.p?call\(" + word, "*.py": r"(?:call\(|args = \[|execute_command\()" + word}
+    patterns = {"lua/*.lua": r"redis\.p?call\(" + word, "*.py": r"(?:call\(|tell\(|args = \(|pack\(\()" + word}
     found: set[tuple[str, ...]] = set()
     for files, pattern in patterns.items():
         for path in package.glob(files):
@@ -116,7 +116,7 @@ def test_every_command_in_use_is_allowed_on_the_topic(client: redis.Redis, comma
         arguments = []
     elif command == ("EVALSHA",):
         arguments = ["0" * 40, "1", key]
-    elif command[0] in ("EXISTS", "UNLINK", "DEL"):
+    elif command[0] in ("EXISTS", "UNLINK", "DEL", "MGET"):
         arguments = [key]
     else:
         arguments = [key, "1", "1", "1"]
