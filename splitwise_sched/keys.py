@@ -74,6 +74,11 @@ class Keys:
         return f"{self.prefix}dead-letter"
 
     @property
+    def waiting(self) -> str:
+        """ZSET: classes that have requests in the waiting room (lua/waiting_room.lua names the keys below it)."""
+        return f"{self.prefix}waiting"
+
+    @property
     def counters(self) -> str:
         """HASH: how many requests were submitted, bound, finished, lost ..."""
         return f"{self.prefix}counters"
