@@ -17,8 +17,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from splitwise_sched.errors import ConfigError
+from splitwise_sched.types import Role
 
 START_TIMEOUT_S = 10.0
+MAX_ROLE_CHARS = 64
 Status = Callable[[], dict[str, Any]]
 
 
@@ -39,12 +41,20 @@ class StatusCollector:
 
 
 class InstanceHttp:
-    """``/health``, ``/load`` and ``/metrics`` on one port, and ``/metrics`` alone on others.
+    """``/health``, ``/load``, ``/role`` (POST) and ``/metrics`` on one port, and ``/metrics`` alone on others.
 
     The port is taken on construction (ConfigError when it cannot be); ``start`` serves, ``close`` ends it.
     """
 
-    def __init__(self, host: str, port: int, status: Status, *, metrics_only: bool = False) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        status: Status,
+        *,
+        change_role: Callable[[Role], None] | None = None,
+        metrics_only: bool = False,
+    ) -> None:
         self._socket = bind(host, port, "--metrics-port" if metrics_only else "--port")
         self._registry = CollectorRegistry()
         self._registry.register(StatusCollector(status))
@@ -52,6 +62,9 @@ class InstanceHttp:
         routes = [Route("/metrics", self._metrics)]
         if not metrics_only:
             routes += [Route("/health", self._health), Route("/load", self._load)]
+        if change_role is not None:
+            routes.append(Route("/role", self._change_role, methods=["POST"]))
+        self._role = change_role
         config = uvicorn.Config(Starlette(routes=routes), log_level="warning", access_log=False, lifespan="off")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, name="splitwise-http", daemon=True)
@@ -78,6 +91,17 @@ class InstanceHttp:
 
     async def _load(self, request: Request) -> Response:
         return JSONResponse(self._status()["load"])
+
+    async def _change_role(self, request: Request) -> Response:
+        assert self._role is not None
+        wanted = (await request.body())[:MAX_ROLE_CHARS].decode(errors="replace").strip()
+        try:
+            role = Role(wanted)
+        except ValueError:
+            known = ", ".join(role.value for role in Role)
+            return JSONResponse({"error": f"{wanted!r} is no role: send one of {known}"}, status_code=400)
+        self._role(role)
+        return JSONResponse({"role": role.value, "note": "it finishes what it holds first"}, status_code=202)
 
     async def _metrics(self, request: Request) -> Response:
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)

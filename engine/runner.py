@@ -103,6 +103,12 @@ class Runner:
         self._drain_until = time.monotonic() + timeout_s
         self._wake.set()
 
+    def change_role(self, role: Role, timeout_s: float) -> None:
+        """Finish what is held, for ``timeout_s`` at most, then go on in another role. Any thread may call this."""
+        assert self.instance is not None, "start() comes first"
+        self.role = role
+        self.instance.change_role(role, timeout_s)
+
     def stop(self) -> None:
         """End ``run`` after this round; ``close`` hands back what is held."""
         self._stop.set()

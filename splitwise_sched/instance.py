@@ -13,6 +13,7 @@ import logging
 import secrets
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from splitwise_sched.codec import decode_request
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 BLOCK_MS = 500
 MAX_CLAIM = 64
 MAX_HELD = 100_000
+ROLE_POLL_S = 0.02
 INBOX_FIELDS = {"id", "epoch", "prefill", "frontend"}
 BIND_RETRY_S = 0.01
 PAUSE_AFTER_FAILURE_S = 0.2
@@ -135,8 +137,11 @@ class InstanceSession:
         while True:
             assert self._lost is not None
             reason = await self._lost
-            logger.warning("%s drops its work: %s", self.instance_id, reason)
+            logger.warning("%s leaves its place: %s", self.instance_id, reason)
             await self._stop_tasks()
+            with contextlib.suppress(StoreUnavailable):
+                # What it still held goes on elsewhere without waiting for a sweeper.
+                await self._leave()
             while True:
                 try:
                     await self._register()
@@ -170,6 +175,16 @@ class InstanceSession:
             await self._return_claims()
         await self.store.drain(self.instance_id)
 
+    async def change_role(self, role: Role, timeout_s: float) -> None:
+        """Finish what is held, for ``timeout_s`` at most, and come back in another role: LeaseLost tells the new id."""
+        await self.drain()
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self._frontends and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(ROLE_POLL_S)
+        self._registration = replace(self._registration, role=role)
+        self._is_draining = False
+        self._lose(f"its role changes to {role.value}")
+
     async def _return_claims(self) -> None:
         """Give back what was claimed and not bound, also by a read that was broken off."""
         async with self.store.reader() as reader:
@@ -202,7 +217,7 @@ class InstanceSession:
 
     def publish(self, outputs: Sequence[Output]) -> None:
         """Send outputs: one entry a front end, and the end of those that end. Outputs of dropped runs are left out."""
-        entries: dict[str, list[str]] = defaultdict(list)
+        entries: dict[str, dict[str, str]] = defaultdict(dict)
         ended = []
         for output in outputs:
             frontend_id = self._frontends.get((output.request_id, output.epoch))
@@ -211,9 +226,14 @@ class InstanceSession:
             if output.finish_reason is not None:
                 ended.append(output)
             else:
-                entries[frontend_id] += (output.request_id, encode_output(output))
-        for frontend_id, values in entries.items():
-            self.store.publish(frontend_id, values, on_reply=self._answered)
+                entry = entries[frontend_id]
+                if output.request_id in entry:
+                    # An entry has one field a request.
+                    self._send(frontend_id, entry)
+                    entry = entries[frontend_id] = {}
+                entry[output.request_id] = encode_output(output)
+        for frontend_id, entry in entries.items():
+            self._send(frontend_id, entry)
         for output in ended:
             del self._frontends[(output.request_id, output.epoch)]
             assert output.finish_reason is not None
@@ -227,6 +247,10 @@ class InstanceSession:
                 notes=output.stats or {},
                 on_reply=self._answered,
             )
+
+    def _send(self, frontend_id: str, entry: Mapping[str, str]) -> None:
+        values = [text for field in entry.items() for text in field]
+        self.store.publish(frontend_id, values, on_reply=self._answered)
 
     def step(self, request_id: str, epoch: int, notes: Mapping[str, float | int | str]) -> None:
         """The request's KV is here and decode begins; ``Dropped`` follows when the run was over already."""

@@ -18,7 +18,7 @@ from splitwise_sched.errors import SplitwiseError, StoreUnavailable
 from splitwise_sched.instance import InstanceSession
 from splitwise_sched.records import InstanceEvent, LeaseLost, PrefillAssigned, Registration
 from splitwise_sched.settings import SchedulerSettings
-from splitwise_sched.types import Output
+from splitwise_sched.types import Output, Role
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +133,14 @@ class Instance:
 
         def begin(session: InstanceSession) -> None:
             self._draining = asyncio.get_running_loop().create_task(session.drain())
+
+        self._do(begin)
+
+    def change_role(self, role: Role, timeout_s: float) -> None:
+        """See InstanceSession.change_role; ``LeaseLost`` comes when it is done. Any thread may call this."""
+
+        def begin(session: InstanceSession) -> None:
+            self._draining = asyncio.get_running_loop().create_task(session.change_role(role, timeout_s))
 
         self._do(begin)
 

@@ -22,6 +22,7 @@ from splitwise_sched.settings import SchedulerSettings
 
 if TYPE_CHECKING:
     from engine.runner import Runner
+    from splitwise_sched.types import Role
 
 
 @settings_command(EngineSettings, InstanceSettings, TransferSettings, SchedulerSettings, name="serve")
@@ -54,11 +55,18 @@ def _serve(
     role = instance.splitwise_role
     options, transfer = engine_settings.options(role), transfer_settings.options()
     status: dict[str, Any] = {}
-    ports = [
-        stack.enter_context(closing(InstanceHttp(instance.host, port, lambda: _status(status), metrics_only=metrics)))
-        for port, metrics in ((instance.port, False), (instance.metrics_port, True))
-        if port is not None
-    ]
+
+    def change_role(role: Role) -> None:
+        if (runner := status.get("runner")) is not None:
+            runner.change_role(role, instance.drain_timeout_s)
+
+    ports = []
+    if instance.port is not None:
+        http = InstanceHttp(instance.host, instance.port, lambda: _status(status), change_role=change_role)
+        ports.append(stack.enter_context(closing(http)))
+    if instance.metrics_port is not None:
+        http = InstanceHttp(instance.host, instance.metrics_port, lambda: _status(status), metrics_only=True)
+        ports.append(stack.enter_context(closing(http)))
     scheduler = stack.enter_context(scheduler_server(scheduler))
     # What can be wrong is found before the model is loaded, which may take minutes.
     asyncio.run(check(scheduler))

@@ -282,3 +282,31 @@ async def test_draining_instance_gives_back_claims_that_found_no_decode_instance
         async with ToyInstance(settings, Role.MIXED, "m0"):
             assert await tokens_of(stream) == toy_answer(stream.request)
         assert (await frontend.request_record("r0"))["attempts"] == "1"
+
+
+async def test_instance_changes_its_role_after_it_has_finished_what_it_holds(redis_server, topic):
+    settings = settings_for(redis_server, topic)
+    async with (
+        ToyInstance(settings, Role.MIXED, "i0") as changing,
+        ToyInstance(settings, Role.MIXED, "i1") as other,
+        FrontEnd(settings) as frontend,
+    ):
+        changing.gate.clear()
+        other.hold_prefill = True
+        other.session.set_room(0)
+        held = await frontend.submit(request_of("held"))
+        await changing.wait_for(PrefillAssigned)
+        old_id = changing.session.instance_id
+        change = asyncio.create_task(changing.session.change_role(Role.DECODE, 10))
+        changing.gate.set()
+        assert await tokens_of(held) == toy_answer(held.request)
+        await change
+        lost = (await changing.wait_for(LeaseLost))[0]
+        assert lost.new_instance_id != old_id and "its role changes to decode" in lost.reason
+        records = {r.name: r for r in await frontend.store.live_instances()}
+        assert records["i0"].role is Role.DECODE and (await frontend.request_record("held"))["attempts"] == "1"
+        assert await frontend.store.lacks_lease(old_id)
+        other.hold_prefill = False
+        later = await frontend.submit(request_of("later"))
+        assert await tokens_of(later) == toy_answer(later.request)
+        assert (await frontend.request_record("later"))["prefill"] == other.session.instance_id
