@@ -55,7 +55,7 @@ class Runs:
             self.drop(request_id, epoch)
 
     def forget_silent(self, now: float, period_s: float) -> list[Run]:
-        """Drop what nothing was told of for ``period_s``; returns the runs of which more was to come."""
+        """Drop what nothing was told of for ``period_s``; returns it."""
         silent = [
             run
             for run in self._by_name.values()
@@ -63,7 +63,7 @@ class Runs:
         ]
         for run in silent:
             self.drop(run.request_id, run.epoch)
-        return [run for run in silent if not run.is_handed_over]
+        return silent
 
 
 class EarlyResults:

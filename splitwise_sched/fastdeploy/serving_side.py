@@ -262,6 +262,9 @@ class ServingSide:
         assert self._instance is not None
         period_s = self._config.release_load_expire_period
         for run in self._runs.forget_silent(time.monotonic(), period_s):
+            if run.is_handed_over:
+                self._instance.release(run.request_id, run.epoch)
+                continue
             why = f"its engine told nothing of it for {period_s:g} s"
             logger.warning("%s is taken from this engine: %s", run.name, why)
             self._instance.give_back(run.request_id, run.epoch, why, retry=True)

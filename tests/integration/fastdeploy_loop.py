@@ -144,13 +144,20 @@ def request(user_id: str, max_tokens: int = 8, prompt: int = 20, **others: Any) 
 
 
 def main(options: dict[str, Any]) -> None:
-    """A node of its own process: says its instance id once it serves, and then serves on."""
-    role, step_s = options.pop("role"), options.pop("step_s")
+    """A node of its own process: says its instance id once it serves, and then serves on.
+
+    With ``is_mute`` it takes requests, says the id of each, and does nothing more.
+    """
+    role, step_s, is_mute = options.pop("role"), options.pop("step_s"), options.pop("is_mute")
     scheduler = SplitWiseScheduler(SplitWiseSchedulerConfig(**options, decode_gets_requests=True))
     scheduler.start(role, "10.0.0.1", announced(role, "10.0.0.1", 7000))
     loop = EngineLoop(scheduler, role, {})
     loop.step_s = step_s
     print(scheduler.infer.instance_id, flush=True)
+    while is_mute:
+        for task in scheduler.get_requests(1000, BLOCK_SIZE, 2, 2048, batch=4):
+            print(task.request_id, flush=True)
+        time.sleep(0.001)
     loop.run()
 
 
