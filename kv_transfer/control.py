@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 from dataclasses import dataclass
 from enum import Enum
 
@@ -61,6 +62,8 @@ class ControlChannel:
         self._keys: dict[zmq.Socket[bytes], PeerKey] = {}
         self._watches: dict[int, PeerKey] = {}
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_lock = threading.Lock()
+        self._is_closed = False
         self._router = self._socket(zmq.ROUTER)
         # An identity belongs to one connection, so nobody can speak in another's name; and who is gone is told so.
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -76,8 +79,10 @@ class ControlChannel:
         self._poller.register(self._wake_fd, zmq.POLLIN)
 
     def wake(self) -> None:
-        """End a ``wait``; from any thread, until ``close``."""
-        os.eventfd_write(self._wake_fd, 1)
+        """End a ``wait``; from any thread. After ``close`` it does nothing."""
+        with self._wake_lock:
+            if not self._is_closed:
+                os.eventfd_write(self._wake_fd, 1)
 
     def connect(self, host: str, port: int) -> PeerKey:
         """Begin to reach a source; the key is never used for another one.
@@ -156,7 +161,9 @@ class ControlChannel:
             self.unwatch(key)
         self._router.close(_LINGER_MS)
         self._context.term()
-        os.close(self._wake_fd)
+        with self._wake_lock:
+            self._is_closed = True
+            os.close(self._wake_fd)
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)

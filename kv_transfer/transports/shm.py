@@ -136,13 +136,13 @@ class _ShmLink(Link):
     def _map(self) -> None:
         try:
             mapping = _map_pool(self._peer)
-        except TransportFailed as exc:
-            self._unmap(str(exc))
+            layout = self._peer.layout
+            blocks = np.frombuffer(mapping, np.uint8, layout.pool_bytes).reshape(layout.num_blocks, layout.block_bytes)
+            if self._plan.width:
+                self._blocks = BlockCopier(self._plan, blocks, self._pool)
+        except (TransportFailed, MemoryError) as exc:
+            self._unmap(str(exc) or "out of memory")
             return
-        layout = self._peer.layout
-        blocks = np.frombuffer(mapping, np.uint8, layout.pool_bytes).reshape(layout.num_blocks, layout.block_bytes)
-        if self._plan.width:
-            self._blocks = BlockCopier(self._plan, blocks, self._pool)
         self._post(LinkUp(self))
         self._copier.submit_idle(lambda: self._populate(mapping, 0))
 
@@ -160,8 +160,11 @@ class _ShmLink(Link):
     def _copy(self, chunk_id: int, token: bytes, src_ids: IntArray, dst_ids: IntArray) -> None:
         if self._blocks is None:
             return
-        if self._blocks.copy(src_ids, dst_ids, lambda: token in self._cancelled or self._closed):
-            self._post(Fetched(self, chunk_id))
+        try:
+            if self._blocks.copy(src_ids, dst_ids, lambda: token in self._cancelled or self._closed):
+                self._post(Fetched(self, chunk_id))
+        except MemoryError:
+            self._unmap("out of memory")
 
     def _confirm_cancel(self, token: bytes) -> None:
         self._cancelled.discard(token)

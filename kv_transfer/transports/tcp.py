@@ -72,10 +72,8 @@ class TcpTransport(Transport):
                 listener.revoke(token)
             self.post(Revoked(self, token))
 
-        if loop is None:
+        if loop is None or not loop.submit(act):
             act()
-        else:
-            loop.submit(act)
 
     def hang_up(self, data_token: bytes) -> None:
         loop, listener = self._loop, self._listener
@@ -89,6 +87,8 @@ class TcpTransport(Transport):
     def close(self) -> None:
         if self._loop is not None:
             self._loop.close()
+        if self._listener is not None:
+            self._listener.sock.close()
 
     def _running_loop(self) -> TcpLoop:
         if self._loop is None:
@@ -111,7 +111,8 @@ class _TcpLink(Link):
         self._channels: list[FetchingChannel] = []
         self._num_connected = 0
         self._is_down = False
-        loop.submit(self._connect)
+        if not loop.submit(self._connect):
+            self._down("the transport has stopped")
 
     def fetch(self, chunk_id: int, token: bytes, src_ids: IntArray, dst_ids: IntArray) -> None:
         def act() -> None:

@@ -60,13 +60,14 @@ class TcpLoop:
         self._thread = threading.Thread(target=self._run, name="kv-tcp", daemon=True)
         self._thread.start()
 
-    def submit(self, call: Callable[[], None]) -> None:
-        """Run in the loop's thread, in order; from any thread. Lost after ``close``."""
+    def submit(self, call: Callable[[], None]) -> bool:
+        """Run in the loop's thread, in order; from any thread. False when the loop has ended: it will not be run."""
         with self._lock:
             if self._closing:
-                return
+                return False
             self._calls.append(call)
             os.eventfd_write(self._wake_fd, 1)
+            return True
 
     def close(self) -> None:
         """Close all channels and end the thread."""
@@ -128,10 +129,12 @@ class TcpLoop:
                         except ConnectionLost as exc:
                             self.drop(channel, str(exc))
         finally:
+            with self._lock:
+                self._closing = True
+                os.close(self._wake_fd)
             for channel in list(self._channels):
                 self.drop(channel, "the transport was closed")
             self._selector.close()
-            os.close(self._wake_fd)
 
     def _guard(self, channel: Channel, mask: int) -> None:
         try:
