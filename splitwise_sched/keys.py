@@ -28,6 +28,10 @@ class Keys:
         """STRING: prompt and sampling parameters (codec.py). The only binary value."""
         return f"{self.prefix}body:{request_id}"
 
+    def incoming(self, nonce: str) -> str:
+        """STRING: a body on its way in; ``submit`` or ``resubmit`` makes it the request's, or drops it."""
+        return f"{self.prefix}incoming:{nonce}"
+
     @property
     def queue(self) -> str:
         """STREAM with group ``prefill``: requests that wait for, or are in, prefill."""

@@ -62,6 +62,10 @@ for i = 4, #ARGV, 3 do
   elseif tonumber(r.deadline_ms) <= now then
     terminate(id, r, 'expired', 'its time was over before an instance had room for it', RETAIN)
     result[#result + 1] = {id, 'STALE', '', ''}
+  elseif redis.call('EXISTS', P .. 'out:' .. r.frontend) == 0 then
+    -- Nobody would read its answer. A front end that only slept puts it back; else it expires.
+    lose(id, r, me, 'its front end is gone')
+    result[#result + 1] = {id, 'STALE', '', ''}
   elseif full then
     result[#result + 1] = {id, 'WAIT', '', ''}
   else

@@ -29,6 +29,12 @@ local function is_live(state)
   return state == 'queued' or state == 'prefill' or state == 'decode' or state == 'lost'
 end
 
+-- whether an instance may say how this run goes on; prefill is out of it when decode has begun
+local function is_with(instance, r)
+  return r.decode == instance and (r.state == 'prefill' or r.state == 'decode')
+         or r.prefill == instance and r.state == 'prefill'
+end
+
 local function count(what, n)
   redis.call('HINCRBY', P .. 'counters', what, n or 1)
 end

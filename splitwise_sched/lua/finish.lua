@@ -7,7 +7,7 @@
 local id, r = ARGV[2], load(ARGV[2])
 if not r or r.epoch ~= ARGV[3] then return 0 end
 if r.state == 'done' then return 1 end
-if r.state ~= 'prefill' and r.state ~= 'decode' then return 0 end
+if not is_with(ARGV[4], r) then return 0 end
 let_go(id, r, ARGV[4], 'it is finished')
 if #ARGV > 7 then redis.call('HSET', KEYS[1], unpack(ARGV, 8)) end
 close(id, 'done', ARGV[7], tonumber(ARGV[6]))

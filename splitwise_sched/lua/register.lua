@@ -3,9 +3,17 @@
 --   ARGV[2]  instance id      [3] lease ms      [4] role
 --   ARGV[5]  n: the first n of the following fields must be equal on all live instances of the topic
 --   ARGV[6...] fields and values of the record
---   returns  {"OK"} | {"INCOMPATIBLE", other instance, field, its value}
+--   returns  {"OK"}, also when it has its lease already | {"INCOMPATIBLE", other instance, field, its value}
 
 local me, n = ARGV[2], tonumber(ARGV[5])
+if redis.call('EXISTS', KEYS[1]) == 1 then
+  -- The reply to an earlier call was lost on its way. What was reserved here since then stays.
+  redis.call('PEXPIRE', KEYS[1], tonumber(ARGV[3]))
+  return {'OK'}
+end
+if redis.call('SISMEMBER', KEYS[2], me) == 1 then
+  return redis.error_reply('FENCED the lease of ' .. me .. ' has lapsed, and what it held was not yet taken back')
+end
 for _, other in ipairs(redis.call('SMEMBERS', KEYS[2])) do
   if other ~= me then
     for i = 6, 6 + 2 * n - 1, 2 do

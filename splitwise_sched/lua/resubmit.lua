@@ -1,5 +1,5 @@
 -- resubmit: its front end puts a request back that lost its instance, or that Redis no longer knows.
---   KEYS     request:<id>, queue, deadlines, counters
+--   KEYS     request:<id>, queue, deadlines, counters, incoming:<nonce>, body:<id>
 --   ARGV[2]  request id        [3] front end        [4] nonce of the submit
 --   ARGV[5]  highest epoch that the front end has seen      [6] ms until it expires      [7] ms of retention
 --   ARGV[8]  input tokens (prompt and what was emitted)     [9] KV tokens to reserve     [10] model
@@ -14,6 +14,7 @@ local r = load(id)
 if r and r.state == 'done' and ARGV[13] == '1' then
   r.epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
 elseif r and r.state ~= 'lost' then
+  redis.call('UNLINK', KEYS[5])
   if is_live(r.state) then return {'HELD', r.state} end
   return {'ENDED', r.state, redis.call('HGET', KEYS[1], 'reason') or ''}
 end
@@ -21,6 +22,7 @@ local now, epoch, attempts = now_ms(), 0, 0
 if r then
   epoch, attempts = tonumber(r.epoch), tonumber(r.attempts)
   if attempts >= tonumber(ARGV[11]) then
+    redis.call('UNLINK', KEYS[5])
     local why = 'given up after ' .. attempts .. ' attempts, the last: ' .. (redis.call('HGET', KEYS[1], 'reason') or '')
     terminate(id, r, 'failed', why, retain)
     return {'FAILED', why}
@@ -29,6 +31,7 @@ else
   epoch, attempts = tonumber(ARGV[5]) + 1, tonumber(ARGV[12])
   redis.call('HSET', KEYS[1], 'created_ms', now)
 end
+redis.call('RENAME', KEYS[5], KEYS[6])
 local entry = enqueue(id, epoch, ARGV[8], ARGV[10])
 redis.call('HSET', KEYS[1], 'state', 'queued', 'epoch', epoch, 'attempts', attempts, 'frontend', ARGV[3],
            'nonce', ARGV[4], 'model', ARGV[10], 'input_tokens', ARGV[8], 'kv_tokens', ARGV[9],

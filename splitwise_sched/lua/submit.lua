@@ -1,5 +1,5 @@
--- submit: put a new request into the queue. Its body was set before, in the same pipeline.
---   KEYS     request:<id>, queue, deadlines, counters
+-- submit: put a new request into the queue. Its body came before, in the same pipeline, and never passes through here.
+--   KEYS     request:<id>, queue, deadlines, counters, incoming:<nonce>, body:<id>
 --   ARGV[2]  request id        [3] front end        [4] nonce of this submit: a retried call is recognised by it
 --   ARGV[5]  queue limit, -1 for none      [6] ms until it expires      [7] ms that its record is kept after its end
 --   ARGV[8]  input tokens      [9] KV tokens to reserve on decode       [10] model
@@ -10,20 +10,24 @@
 local id, timeout, retain = ARGV[2], tonumber(ARGV[6]), tonumber(ARGV[7])
 local seen = redis.call('HMGET', KEYS[1], 'state', 'nonce', 'epoch')
 if seen[1] then
+  redis.call('UNLINK', KEYS[5])
   if seen[2] == ARGV[4] then return {'QUEUED', tonumber(seen[3])} end
   return {'DUPLICATE', seen[1]}
 end
 local waiting = tonumber(redis.call('HGET', KEYS[4], 'waiting') or 0)
 local limit, depth = tonumber(ARGV[5]), redis.call('XLEN', KEYS[2]) + waiting
 if limit >= 0 and depth >= limit then
+  redis.call('UNLINK', KEYS[5])
   count('rejected')
   return {'FULL', depth}
 end
 local late_ms = backlog_ms(ARGV[11], tonumber(ARGV[12]))
 if late_ms and late_ms > timeout then
+  redis.call('UNLINK', KEYS[5])
   count('rejected')
   return {'LATE', depth, late_ms}
 end
+redis.call('RENAME', KEYS[5], KEYS[6])
 local now = now_ms()
 redis.call('HSET', KEYS[1], 'state', 'queued', 'epoch', 1, 'attempts', 0, 'frontend', ARGV[3], 'nonce', ARGV[4],
            'model', ARGV[10], 'input_tokens', ARGV[8], 'kv_tokens', ARGV[9], 'class', ARGV[11], 'weight', ARGV[12],

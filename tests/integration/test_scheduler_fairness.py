@@ -69,6 +69,7 @@ async def service_on(server, topic: str) -> AsyncIterator[Service]:
     try:
         registration = Registration("m0", Role.MIXED, "toy", {}, 10**9, 10**6, 16, 4096)
         assert (await store.register("m0", registration, 600_000))[0] == "OK"
+        await store.open_out("nobody", 600_000)
         yield Service(store)
     finally:
         await store.close()
