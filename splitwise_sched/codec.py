@@ -43,6 +43,7 @@ def encode_request(request: Request) -> bytes:
             "timeout_s": request.timeout_s,
             "priority": request.priority,
             "tenant": request.tenant,
+            "prefer": list(request.prefer),
             "metadata": _pack_metadata(request),
         }
     )
@@ -84,6 +85,7 @@ def decode_request(body: bytes) -> Request:
         timeout_s=timeout,
         priority=_text(raw, "priority"),
         tenant=_text(raw, "tenant"),
+        prefer=_texts(raw, "prefer"),
         metadata=_unpack_metadata(raw.get("metadata", b"")),
     )
 
@@ -93,6 +95,13 @@ def _text(raw: dict[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise InvalidRequest(f"{name} in a request body is {type(value).__name__}, not text")
     return value
+
+
+def _texts(raw: dict[str, Any], name: str) -> tuple[str, ...]:
+    value = raw.get(name)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise InvalidRequest(f"{name} in a request body is not a list of texts")
+    return tuple(value)
 
 
 def _sampling(raw: object) -> SamplingParams:

@@ -39,7 +39,7 @@ MIN_VERSION = (6, 2, 0)
 CONNECT_TIMEOUT_S = 3.0
 COMMAND_TIMEOUT_S = 5.0
 RETRY_FIRST_S, RETRY_MAX_S = 0.02, 0.5
-PRELUDE = ("common", "waiting_room", "rate")
+PRELUDE = ("common", "preferred", "waiting_room", "rate")
 SCRIPTS = (
     "submit", "resubmit", "bind", "step", "finish", "give_back", "cancel", "expire", "register", "renew", "drain",
     "reap",
@@ -252,18 +252,21 @@ class BlockingReader:
         return _entries(await self._read(block_ms, args))
 
     async def claim(self, instance_id: str, count: int, block_ms: int, *, again: bool = False) -> list[Claim]:
-        """XREADGROUP on the queue. ``again`` gives what this instance had claimed before (after a broken connection).
+        """XREADGROUP on the instance's own queue and the common one.
+
+        ``again`` gives what this instance had claimed before (after a broken connection).
 
         Raises:
             Fenced: the queue's group is gone (Redis lost its data): register again.
             StoreUnavailable: what this call may have claimed is given by ``again``.
         """
+        queues = {self._keys.preferred(instance_id): f"preferred:{instance_id}", self._keys.queue: "queue"}
         args = ("XREADGROUP", "GROUP", PREFILL_GROUP, instance_id, "COUNT", count, "BLOCK", block_ms, "STREAMS",
-                self._keys.queue, "0" if again else ">")  # fmt: skip
+                *queues, *(("0" if again else ">",) * len(queues)))  # fmt: skip
         claims = []
-        for _, entry_id, fields in _entries(await self._read(block_ms, args)):
+        for key, entry_id, fields in _entries(await self._read(block_ms, args)):
             if fields.get("epoch", "").isdigit() and "id" in fields:
-                claims.append(Claim(entry_id, fields["id"], int(fields["epoch"])))
+                claims.append(Claim(queues[key], entry_id, fields["id"], int(fields["epoch"])))
             elif fields:
                 logger.warning("queue entry %s is not one of ours and stays unclaimed: %r", entry_id, fields)
         return claims

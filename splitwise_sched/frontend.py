@@ -29,7 +29,7 @@ from splitwise_sched.errors import (
 from splitwise_sched.outputs import Lost, MalformedOutput, decode_output
 from splitwise_sched.records import InstanceRecord
 from splitwise_sched.settings import SchedulerSettings
-from splitwise_sched.store import HELLO, Flow, Store
+from splitwise_sched.store import HELLO, NO_PREFERENCE, Flow, Preference, Store
 from splitwise_sched.sweeper import Sweeper
 from splitwise_sched.types import FinishReason, Output, Request, check_id
 
@@ -41,6 +41,7 @@ VERIFY_PERIOD_S = 3.0
 VERIFY_AFTER_S = 1.0
 VERIFY_BATCH = 500
 DOUBTS = 2
+SPILL_BATCH = 100
 INSTANCES_CACHE_S = 0.5
 PAUSE_AFTER_FAILURE_S = 0.2
 BAD_ENDS = {FinishReason.ERROR: "failed", FinishReason.EXPIRED: "expired"}
@@ -113,6 +114,7 @@ class FrontEnd:
         self._class_weights = settings.class_weights
         self._read_up_to = "0-0"
         self._verify_now = asyncio.Event()
+        self._spill_now = asyncio.Event()
         self._seen_at = 0.0
         self._ends: deque[float] = deque(maxlen=200)
         self._instances: tuple[float, list[InstanceRecord]] = (float("-inf"), [])
@@ -134,7 +136,7 @@ class FrontEnd:
             raise
         self._seen_at = time.monotonic()
         sweeper = Sweeper(self.store, retain_ms=self._retain_ms, period_s=self.settings.instance_lease_s / 4)
-        loops = (self._read(), self._keep_lease(), self._verify(), sweeper.run())
+        loops = (self._read(), self._keep_lease(), self._verify(), self._spill(), sweeper.run())
         self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     async def close(self) -> None:
@@ -180,7 +182,7 @@ class FrontEnd:
         if request.request_id in self._streams:
             raise DuplicateRequest(request.request_id, "in flight")
         timeout_s = request.timeout_s or self.settings.scheduler_ttl
-        flow = self._flow(request)
+        flow, preference = self._flow(request), await self._preference(request)
         body = encode_request(request)
         nonce = secrets.token_hex(8)
         stream = OutputStream(self, request, nonce, time.monotonic() + timeout_s)
@@ -198,11 +200,14 @@ class FrontEnd:
                 kv_tokens=self._kv_tokens(request),
                 model=request.model,
                 flow=flow,
+                preference=preference,
             )
         except BaseException:
             self._streams.pop(request.request_id, None)
             raise
         if verdict == "QUEUED":
+            if preference.instance_ids:
+                asyncio.get_running_loop().call_later(preference.wait_ms / 1000, self._spill_now.set)
             return stream
         self._streams.pop(request.request_id, None)
         limit = self.settings.scheduler_max_size
@@ -247,6 +252,14 @@ class FrontEnd:
                 f"priority is {request.priority!r}: the classes here are {', '.join(weights)}", param="priority"
             )
         return Flow(request.priority, weights[request.priority], request.tenant or "-")
+
+    async def _preference(self, request: Request) -> Preference:
+        """Ids of those that are preferred and live; names stand for whoever has them now."""
+        if not request.prefer:
+            return NO_PREFERENCE
+        live = await self.instances()
+        ids = [r.instance_id for wanted in request.prefer for r in live if wanted in (r.name, r.instance_id)]
+        return Preference(" ".join(ids), self.settings.preferred_wait_ms)
 
     def _kv_tokens(self, request: Request) -> int:
         """KV to reserve on decode: what comes in, and the part of the output that is promised room."""
@@ -398,6 +411,14 @@ class FrontEnd:
             stream.assembly.ended = True
             self._streams.pop(stream.request_id, None)
             stream.put(RequestFailed(stream.request_id, state, reason or "the word why was lost on its way"))
+
+    async def _spill(self) -> None:
+        """A request that waits for an instance in particular has waited long enough."""
+        while True:
+            await self._spill_now.wait()
+            self._spill_now.clear()
+            with contextlib.suppress(StoreUnavailable):
+                await self.store.expire(SPILL_BATCH, self._retain_ms)
 
     async def _renew(self) -> None:
         """Renew lease and stream; make them anew when Redis has lost them."""

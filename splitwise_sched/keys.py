@@ -37,6 +37,10 @@ class Keys:
         """STREAM with group ``prefill``: requests that wait for, or are in, prefill."""
         return f"{self.prefix}queue"
 
+    def preferred(self, instance_id: str) -> str:
+        """STREAM with group ``prefill``: requests that wait for this prefill instance in particular, for a bound."""
+        return f"{self.prefix}preferred:{instance_id}"
+
     def inbox(self, instance_id: str) -> str:
         """STREAM: requests that this decode instance holds; it reads it alone, and entries go when requests end."""
         return f"{self.prefix}inbox:{instance_id}"

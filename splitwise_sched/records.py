@@ -71,8 +71,9 @@ class InstanceRecord:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """An entry of the queue that this instance took."""
+    """An entry of a queue that this instance took: ``queue``, or ``preferred:<its id>``."""
 
+    queue: str
     entry_id: str
     request_id: str
     epoch: int

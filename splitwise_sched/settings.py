@@ -52,6 +52,12 @@ class SchedulerSettings(ExplicitSettings):
         ("interactive:8", "default:4", "batch:1"),
         description="Classes of service and their weights, when prefill is short; the same for all of a topic.",
     )
+    preferred_wait_ms: int = Field(
+        200,
+        ge=0,
+        le=60_000,
+        description="How long a request waits for an instance that it prefers.",
+    )
     scheduler_max_attempts: int = Field(
         5, ge=1, le=100, description="Times a request is started before it goes to the dead letter."
     )

@@ -24,6 +24,21 @@ class Flow(NamedTuple):
     tenant: str
 
 
+class Preference(NamedTuple):
+    """Instances on which a request would rather be prefilled.
+
+    Attributes:
+        instance_ids: apart by spaces, best first.
+        wait_ms: that it waits for one of them before anyone may take it.
+    """
+
+    instance_ids: str = ""
+    wait_ms: int = 0
+
+
+NO_PREFERENCE = Preference()
+
+
 class Store(Connection):
     """What front ends and instances do to a topic."""
 
@@ -42,15 +57,18 @@ class Store(Connection):
         kv_tokens: int,
         model: str,
         flow: Flow,
+        preference: Preference = NO_PREFERENCE,
     ) -> tuple[str, list[Any]]:
         """See submit.lua: the verdict and what comes with it. The body of a request that is refused does not stay."""
         k = self.keys
-        self.call("SET", k.incoming(nonce), body, "PX", timeout_ms + retain_ms)
-        keys = (k.request(request_id), k.queue, k.deadlines, k.counters, k.incoming(nonce), k.body(request_id))
+        set_body = self.call("SET", k.body(request_id), body, "NX", "PX", timeout_ms + retain_ms)
         reply = await self.script(
-            "submit", keys, request_id, frontend_id, nonce,
+            "submit", (k.request(request_id), k.queue, k.deadlines, k.counters), request_id, frontend_id, nonce,
             self._settings.scheduler_max_size, timeout_ms, retain_ms, input_tokens, kv_tokens, model, *flow,
+            *preference,
         )  # fmt: skip
+        if reply[0] != "QUEUED" and await set_body:
+            await self.call("UNLINK", k.body(request_id))
         return reply[0], reply[1:]
 
     async def resubmit(
@@ -184,6 +202,10 @@ class Store(Connection):
     async def instance_fields(self, instance_id: str) -> dict[str, str]:
         return as_dict(await self.call("HGETALL", self.keys.instance(instance_id)))
 
+    async def inbox_depth(self, instance_id: str) -> int:
+        """Requests that a decode instance holds, or is about to hear of."""
+        return int(await self.call("XLEN", self.keys.inbox(instance_id)))
+
     def bodies(self, request_ids: Sequence[str]) -> asyncio.Future[list[bytes | None]]:
         """[num_requests], at least one; None where there is none."""
         return self.call("MGET", *map(self.keys.body, request_ids), binary=True)
@@ -191,7 +213,7 @@ class Store(Connection):
     async def bind(self, instance_id: str, claims: Sequence[Claim], retain_ms: int) -> list[Bound]:
         """See bind.lua. Raises Fenced when this instance has no lease."""
         k = self.keys
-        flat = [x for c in claims for x in (c.entry_id, c.request_id, c.epoch)]
+        flat = [x for c in claims for x in (c.queue, c.entry_id, c.request_id, c.epoch)]
         reply = await self.script(
             "bind", (k.instance(instance_id), k.queue, k.decode_load, k.counters), instance_id, retain_ms, *flat
         )

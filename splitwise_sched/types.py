@@ -13,6 +13,7 @@ from splitwise_sched.errors import InvalidRequest
 ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 CLASS_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,32}")
 MAX_STOP_STRINGS = 16
+MAX_PREFER = 8
 MAX_LOGPROBS = 20
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
 
@@ -117,6 +118,7 @@ class Request:
         timeout_s: from submit to the last token; the front end's default when None.
         priority: class of service, one of the front end's ``priority_classes``.
         tenant: inside a class, tenants share equally; "" is one of them.
+        prefer: names or ids of instances that had better prefill it, best first; others take it after a while.
         metadata: what an embedding program wants to find again at its engine: JSON values, carried and not looked at;
             the bounds are codec.py's.
     """
@@ -130,11 +132,16 @@ class Request:
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
     priority: str = "default"
     tenant: str = ""
+    prefer: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_id("request", self.request_id)
         if self.tenant:
             check_id("tenant", self.tenant)
+        if len(self.prefer) > MAX_PREFER:
+            raise InvalidRequest(f"prefer has {len(self.prefer)} instances: give {MAX_PREFER} at most", param="prefer")
+        for instance in self.prefer:
+            check_id("instance", instance)
         if not CLASS_PATTERN.fullmatch(self.priority):
             raise InvalidRequest(
                 f"priority is {self.priority[:80]!r}: it must be the name of a class", param="priority"

@@ -1,7 +1,7 @@
 -- bind: give each claimed request a decode instance with its KV reserved there, or tell that none has room.
 --   KEYS     instance:<prefill>, queue, decode-load, counters
 --   ARGV[2]  id of the prefill instance      [3] ms that the record of a request that ends here is kept
---   ARGV[4...] queue entry, request id, epoch; again for each claimed request, oldest first
+--   ARGV[4...] queue, its entry, request id, epoch; again for each claimed request, oldest first
 --   returns  one {request id, verdict, decode instance, front end} a request. Verdicts: "BOUND"; "WAIT": claim kept, bind it again
 --            later (so are all that follow it: none overtakes); "STALE": no longer this claim's, forget it
 -- A mixed instance keeps what it claims as long as it has room.
@@ -49,15 +49,15 @@ local function pick(wanted, input)
 end
 
 local result, full = {}, false
-for i = 4, #ARGV, 3 do
-  local entry, id, epoch = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+for i = 4, #ARGV, 4 do
+  local queue, entry, id, epoch = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
   local r = load(id)
-  if r and r.state == 'prefill' and r.prefill == me and r.epoch == epoch and r.queue_entry == entry then
+  if r and r.state == 'prefill' and r.prefill == me and r.epoch == epoch and r.queue_entry == entry
+     and r.queue == queue then
     -- The reply to an earlier call was lost on its way.
     result[#result + 1] = {id, 'BOUND', r.decode, r.frontend}
-  elseif not r or r.state ~= 'queued' or r.epoch ~= epoch or r.queue_entry ~= entry then
-    redis.call('XACK', KEYS[2], 'prefill', entry)
-    redis.call('XDEL', KEYS[2], entry)
+  elseif not r or r.state ~= 'queued' or r.epoch ~= epoch or r.queue_entry ~= entry or r.queue ~= queue then
+    remove_entry({queue = queue, queue_entry = entry})
     result[#result + 1] = {id, 'STALE', '', ''}
   elseif tonumber(r.deadline_ms) <= now then
     terminate(id, r, 'expired', 'its time was over before an instance had room for it', RETAIN)
@@ -78,6 +78,7 @@ for i = 4, #ARGV, 3 do
                  'inbox_entry', inbox_entry, 'kv_reserved', tokens, 'claimed_ms', now)
       redis.call('HINCRBY', P .. 'request:' .. id, 'attempts', 1)
       count('bound')
+      forget_preference(id, r)
       owe(r.class, nil, -tonumber(r.input_tokens))
       took(tonumber(r.input_tokens), now)
       result[#result + 1] = {id, 'BOUND', decode, r.frontend}
@@ -91,6 +92,7 @@ for i = 4, #ARGV, 3 do
     end
   end
 end
+spill_due(16)
 feed_queue()
 if unclaimed() == 0 then nobody_waits() end
 return result

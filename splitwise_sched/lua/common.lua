@@ -1,15 +1,17 @@
--- common: what several scripts do to a request. This text, waiting_room.lua and rate.lua stand in
--- front of every script.
+-- common: what several scripts do to a request. This text, preferred.lua, waiting_room.lua and rate.lua
+-- stand in front of every script.
 --   ARGV[1]  key prefix of the shard, "pd:{topic:shard}:"
 -- Keys that depend on what a record says (who holds the request) are built from the prefix: the hash tag in it keeps
 -- them in the slot of the declared ones, and an ACL's key pattern applies to them all the same.
 
 local P = ARGV[1]
 local FIELDS = {'state', 'epoch', 'attempts', 'frontend', 'queue_entry', 'prefill', 'decode', 'inbox_entry',
-                'kv_reserved', 'kv_tokens', 'input_tokens', 'deadline_ms', 'model', 'class', 'tenant', 'weight'}
+                'kv_reserved', 'kv_tokens', 'input_tokens', 'deadline_ms', 'model', 'class', 'tenant', 'weight',
+                'queue', 'prefer'}
 local HISTORY_CHARS = 2000
 local leave_room, feed_queue -- waiting_room.lua
 local owe -- rate.lua
+local forget_preference -- preferred.lua
 
 local function now_ms()
   local t = redis.call('TIME')
@@ -59,14 +61,26 @@ local function drop_from(instance, id, epoch, why)
              'drop', id, 'epoch', epoch, 'why', why)
 end
 
+-- into the common queue, or into the one of an instance ("preferred:<id>")
+local function enqueue(id, epoch, r, queue)
+  queue = queue or 'queue'
+  local entry = redis.call('XADD', P .. queue, '*', 'id', id, 'epoch', epoch, 'tokens', r.input_tokens, 'model', r.model)
+  redis.call('HSET', P .. 'request:' .. id, 'queue_entry', entry, 'queue', queue)
+end
+
+local function remove_entry(r)
+  redis.call('XACK', P .. r.queue, 'prefill', r.queue_entry)
+  redis.call('XDEL', P .. r.queue, r.queue_entry)
+end
+
 -- take a request out of the hands of everybody: queue entry, inbox entry, KV reservation; legs other than `from` are told
 local function let_go(id, r, from, why)
   if r.queue_entry then
-    redis.call('XACK', P .. 'queue', 'prefill', r.queue_entry)
-    redis.call('XDEL', P .. 'queue', r.queue_entry)
+    remove_entry(r)
   elseif r.state == 'queued' then
     leave_room(id, r)
   end
+  if r.state == 'queued' then forget_preference(id, r) end
   if r.state == 'queued' then owe(r.class, nil, -tonumber(r.input_tokens)) end
   if r.inbox_entry and r.decode then
     redis.call('XDEL', P .. 'inbox:' .. r.decode, r.inbox_entry)
@@ -76,16 +90,12 @@ local function let_go(id, r, from, why)
   if r.prefill and r.state == 'prefill' and r.prefill ~= from and r.prefill ~= r.decode then
     drop_from(r.prefill, id, r.epoch, why)
   end
-  redis.call('HDEL', P .. 'request:' .. id, 'queue_entry', 'inbox_entry', 'kv_reserved')
+  redis.call('HDEL', P .. 'request:' .. id, 'queue_entry', 'queue', 'inbox_entry', 'kv_reserved')
 end
 
 -- a front end that is gone has no stream and is not given a new one
 local function notify(frontend, id, value)
   redis.call('XADD', P .. 'out:' .. frontend, 'NOMKSTREAM', 'MAXLEN', '~', 200000, '*', id, value)
-end
-
-local function enqueue(id, epoch, input_tokens, model)
-  return redis.call('XADD', P .. 'queue', '*', 'id', id, 'epoch', epoch, 'tokens', input_tokens, 'model', model)
 end
 
 local function remember(id, line)

@@ -1,4 +1,4 @@
--- drain: an instance takes no further decode requests; what it holds it finishes.
+-- drain: an instance takes no further requests; what it holds it finishes.
 --   KEYS     instance:<id>, decode-load
 --   ARGV[2]  instance id
 --   returns  1 | 0: the lease has lapsed
@@ -6,4 +6,5 @@
 redis.call('ZREM', KEYS[2], ARGV[2])
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 redis.call('HSET', KEYS[1], 'draining', 1)
+while spill_all(ARGV[2], 100) == 100 do end
 return 1

@@ -1,4 +1,4 @@
--- expire: end requests whose deadline has passed.
+-- expire: end requests whose deadline has passed, and spill those that have waited for their preferred instance.
 --   KEYS     deadlines, queue, counters
 --   ARGV[2]  requests at most      [3] ms of retention
 --   returns  how many were looked at
@@ -12,4 +12,5 @@ for _, id in ipairs(ids) do
     redis.call('ZREM', KEYS[1], id)
   end
 end
+spill_due(tonumber(ARGV[2]))
 return #ids

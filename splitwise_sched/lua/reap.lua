@@ -16,26 +16,32 @@ local function of(entry)
 end
 
 local taken, looked = 0, 0
-local pending = redis.pcall('XPENDING', KEYS[2], 'prefill', '-', '+', limit, me)
-if pending.err then pending = {} end
-for _, p in ipairs(pending) do
-  looked = looked + 1
-  local entry = redis.call('XRANGE', KEYS[2], p[1], p[1])[1]
-  local id, epoch
-  if entry then id, epoch = of(entry[2]) end
-  local r = id and load(id)
-  redis.call('XACK', KEYS[2], 'prefill', p[1])
-  redis.call('XDEL', KEYS[2], p[1])
-  if r and r.epoch == epoch and r.queue_entry == p[1] then
-    taken = taken + 1
-    if r.state == 'queued' then
-      local raised = redis.call('HINCRBY', P .. 'request:' .. id, 'epoch', 1)
-      redis.call('HSET', P .. 'request:' .. id, 'queue_entry', enqueue(id, raised, r.input_tokens, r.model))
-    elseif r.state == 'prefill' then
-      lose(id, r, me, why)
+
+-- claims of a queue that were not handed over to decode
+local function take_claims(queue)
+  local pending = redis.pcall('XPENDING', P .. queue, 'prefill', '-', '+', limit, me)
+  if pending.err then return end
+  for _, p in ipairs(pending) do
+    looked = looked + 1
+    local entry = redis.call('XRANGE', P .. queue, p[1], p[1])[1]
+    local id, epoch
+    if entry then id, epoch = of(entry[2]) end
+    local r = id and load(id)
+    remove_entry({queue = queue, queue_entry = p[1]})
+    if r and r.epoch == epoch and r.queue_entry == p[1] and r.queue == queue then
+      taken = taken + 1
+      if r.state == 'queued' then
+        forget_preference(id, r)
+        enqueue(id, redis.call('HINCRBY', P .. 'request:' .. id, 'epoch', 1), r)
+      elseif r.state == 'prefill' then
+        lose(id, r, me, why)
+      end
     end
   end
 end
+
+take_claims('queue')
+take_claims('preferred:' .. me)
 for _, e in ipairs(redis.call('XRANGE', KEYS[3], '-', '+', 'COUNT', limit)) do
   looked = looked + 1
   local id, epoch = of(e[2])
@@ -46,9 +52,10 @@ for _, e in ipairs(redis.call('XRANGE', KEYS[3], '-', '+', 'COUNT', limit)) do
   end
   redis.call('XDEL', KEYS[3], e[1])
 end
-if looked > 0 then return {taken, 0} end
+local spilled = spill_all(me, limit)
+if looked + spilled > 0 then return {taken + spilled, 0} end
 redis.pcall('XGROUP', 'DELCONSUMER', KEYS[2], 'prefill', me)
 redis.call('SREM', KEYS[5], me)
-redis.call('UNLINK', KEYS[3], KEYS[4])
+redis.call('UNLINK', KEYS[3], KEYS[4], P .. 'preferred:' .. me)
 count('instances_reaped')
 return {taken, 1}

@@ -22,8 +22,10 @@ for _, other in ipairs(redis.call('SMEMBERS', KEYS[2])) do
     end
   end
 end
-local made = redis.pcall('XGROUP', 'CREATE', KEYS[4], 'prefill', '0', 'MKSTREAM')
-if made.err and not string.find(made.err, 'BUSYGROUP', 1, true) then return made end
+for _, queue in ipairs({KEYS[4], P .. 'preferred:' .. me}) do
+  local made = redis.pcall('XGROUP', 'CREATE', queue, 'prefill', '0', 'MKSTREAM')
+  if made.err and not string.find(made.err, 'BUSYGROUP', 1, true) then return made end
+end
 redis.call('HSET', KEYS[1], 'role', ARGV[4], 'reserved_tokens', 0, 'reserved_requests', 0, 'started_ms', now_ms(),
            'seen_ms', now_ms(), unpack(ARGV, 6))
 redis.call('PEXPIRE', KEYS[1], tonumber(ARGV[3]))

@@ -32,10 +32,10 @@ else
   redis.call('HSET', KEYS[1], 'created_ms', now)
 end
 redis.call('RENAME', KEYS[5], KEYS[6])
-local entry = enqueue(id, epoch, ARGV[8], ARGV[10])
 redis.call('HSET', KEYS[1], 'state', 'queued', 'epoch', epoch, 'attempts', attempts, 'frontend', ARGV[3],
            'nonce', ARGV[4], 'model', ARGV[10], 'input_tokens', ARGV[8], 'kv_tokens', ARGV[9],
-           'class', ARGV[14], 'weight', ARGV[15], 'tenant', ARGV[16], 'deadline_ms', now + timeout, 'queue_entry', entry)
+           'class', ARGV[14], 'weight', ARGV[15], 'tenant', ARGV[16], 'deadline_ms', now + timeout)
+enqueue(id, epoch, {input_tokens = ARGV[8], model = ARGV[10]})
 owe(ARGV[14], ARGV[15], tonumber(ARGV[8]))
 redis.call('HDEL', KEYS[1], 'finished_ms')
 redis.call('PEXPIRE', KEYS[1], timeout + retain)

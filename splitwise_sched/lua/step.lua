@@ -7,8 +7,7 @@ local id, r = ARGV[2], load(ARGV[2])
 if not r or r.epoch ~= ARGV[3] or r.decode ~= ARGV[4] then return 0 end
 if r.state == 'decode' then return 1 end
 if r.state ~= 'prefill' then return 0 end
-redis.call('XACK', KEYS[2], 'prefill', r.queue_entry)
-redis.call('XDEL', KEYS[2], r.queue_entry)
-redis.call('HDEL', KEYS[1], 'queue_entry')
+remove_entry(r)
+redis.call('HDEL', KEYS[1], 'queue_entry', 'queue')
 redis.call('HSET', KEYS[1], 'state', 'decode', 'decoding_ms', now_ms(), unpack(ARGV, 5))
 return 1

@@ -4,6 +4,7 @@
 --   ARGV[5]  queue limit, -1 for none      [6] ms until it expires      [7] ms that its record is kept after its end
 --   ARGV[8]  input tokens      [9] KV tokens to reserve on decode       [10] model
 --   ARGV[11] class             [12] its weight            [13] tenant
+--   ARGV[14] ids of instances that it prefers, apart by spaces; "" for none   [15] ms that it waits for one of them
 --   returns  {"QUEUED", epoch} | {"DUPLICATE", state} | {"FULL", depth}
 --            | {"LATE", depth, ms that those before it take at the rate of late}
 
@@ -15,7 +16,8 @@ if seen[1] then
   return {'DUPLICATE', seen[1]}
 end
 local waiting = tonumber(redis.call('HGET', KEYS[4], 'waiting') or 0)
-local limit, depth = tonumber(ARGV[5]), redis.call('XLEN', KEYS[2]) + waiting
+local limit = tonumber(ARGV[5])
+local depth = redis.call('XLEN', KEYS[2]) + waiting + redis.call('ZCARD', P .. 'preferred')
 if limit >= 0 and depth >= limit then
   redis.call('UNLINK', KEYS[5])
   count('rejected')
@@ -32,10 +34,11 @@ local now = now_ms()
 redis.call('HSET', KEYS[1], 'state', 'queued', 'epoch', 1, 'attempts', 0, 'frontend', ARGV[3], 'nonce', ARGV[4],
            'model', ARGV[10], 'input_tokens', ARGV[8], 'kv_tokens', ARGV[9], 'class', ARGV[11], 'weight', ARGV[12],
            'tenant', ARGV[13], 'created_ms', now, 'deadline_ms', now + timeout)
+if ARGV[14] ~= '' then redis.call('HSET', KEYS[1], 'prefer', ARGV[14], 'prefer_ms', ARGV[15]) end
 redis.call('PEXPIRE', KEYS[1], timeout + retain)
 redis.call('ZADD', KEYS[3], now + timeout, id)
 admit(id, {epoch = 1, input_tokens = ARGV[8], model = ARGV[10], class = ARGV[11], tenant = ARGV[13],
-           deadline_ms = now + timeout})
+           deadline_ms = now + timeout, prefer = ARGV[14] ~= '' and ARGV[14] or nil})
 owe(ARGV[11], ARGV[12], tonumber(ARGV[8]))
 count('submitted')
 return {'QUEUED', 1}

@@ -79,7 +79,7 @@ feed_queue = function()
     charge(P .. 'waiting', 'classes', class, cost / (r and tonumber(r.weight) or 1),
            redis.call('EXISTS', P .. 'waiting:' .. class) == 1)
     if r and r.state == 'queued' and not r.queue_entry then
-      redis.call('HSET', P .. 'request:' .. id, 'queue_entry', enqueue(id, r.epoch, r.input_tokens, r.model))
+      place(id, r)
     end
   end
 end
@@ -87,7 +87,7 @@ end
 -- a new request goes into the stream when nobody waits and it is short; else into the room
 local function admit(id, r)
   if redis.call('EXISTS', P .. 'waiting') == 0 and unclaimed() < SHORT_QUEUE then
-    redis.call('HSET', P .. 'request:' .. id, 'queue_entry', enqueue(id, r.epoch, r.input_tokens, r.model))
+    place(id, r)
   else
     enter_room(id, r)
     feed_queue()
