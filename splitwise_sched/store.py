@@ -61,14 +61,13 @@ class Store(Connection):
     ) -> tuple[str, list[Any]]:
         """See submit.lua: the verdict and what comes with it. The body of a request that is refused does not stay."""
         k = self.keys
-        set_body = self.call("SET", k.body(request_id), body, "NX", "PX", timeout_ms + retain_ms)
+        self.call("SET", k.incoming(nonce), body, "PX", timeout_ms + retain_ms)
+        keys = (k.request(request_id), k.queue, k.deadlines, k.counters, k.incoming(nonce), k.body(request_id))
         reply = await self.script(
-            "submit", (k.request(request_id), k.queue, k.deadlines, k.counters), request_id, frontend_id, nonce,
+            "submit", keys, request_id, frontend_id, nonce,
             self._settings.scheduler_max_size, timeout_ms, retain_ms, input_tokens, kv_tokens, model, *flow,
             *preference,
         )  # fmt: skip
-        if reply[0] != "QUEUED" and await set_body:
-            await self.call("UNLINK", k.body(request_id))
         return reply[0], reply[1:]
 
     async def resubmit(
