@@ -112,14 +112,14 @@ class Connection:
         self._settings = settings
         if settings.scheduler_host is None:
             raise ConfigError(
-                "scheduler_host is not set: name the Redis or Valkey server, or let embedded.connect_or_start find one"
+                "scheduler_host is not set: name the Redis or Valkey server, or let embedded.scheduler_server find one"
             )
         host, port = settings.scheduler_host, settings.scheduler_port
-        self._address = f"{host}:{port}"
+        is_socket = host.startswith("/")
+        self._address = host if is_socket else f"{host}:{port}"
         password = settings.scheduler_password
         self._options: dict[str, Any] = {
-            "host": host,
-            "port": port,
+            **({"unix_socket_path": host} if is_socket else {"host": host, "port": port}),
             "db": settings.scheduler_db,
             "username": settings.scheduler_username,
             "password": None if password is None else password.get_secret_value(),
@@ -265,10 +265,11 @@ class BlockingReader:
                 *queues, *(("0" if again else ">",) * len(queues)))  # fmt: skip
         claims = []
         for key, entry_id, fields in _entries(await self._read(block_ms, args)):
-            if fields.get("epoch", "").isdigit() and "id" in fields:
-                claims.append(Claim(queues[key], entry_id, fields["id"], int(fields["epoch"])))
-            elif fields:
-                logger.warning("queue entry %s is not one of ours and stays unclaimed: %r", entry_id, fields)
+            epoch = fields.get("epoch", "")
+            if "id" not in fields or not epoch.isdigit():
+                # The script that binds it finds no such request, and removes it.
+                logger.warning("queue entry %s is not one of ours: %r", entry_id, dict(list(fields.items())[:8]))
+            claims.append(Claim(queues[key], entry_id, fields.get("id", ""), int(epoch) if epoch.isdigit() else 0))
         return claims
 
     async def _read(self, block_ms: int, args: tuple[Any, ...]) -> Any:

@@ -32,7 +32,9 @@ class SchedulerSettings(ExplicitSettings):
 
     scheduler_name: Literal["splitwise"] = Field("splitwise", description="Scheduler to use; there is this one.")
     scheduler_host: str | None = Field(
-        None, description="Redis or Valkey host. Left out: this user's private server is found, or started."
+        None,
+        description="Redis or Valkey host, or the path of its unix socket. Left out: this user's private server is "
+        "found, or started.",
     )
     scheduler_port: int = Field(6379, ge=1, le=65535, description="Port of the Redis or Valkey server.")
     scheduler_db: int = Field(0, ge=0, le=1023, description="Redis database number.")

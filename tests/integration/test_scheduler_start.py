@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import socket
 
+import msgpack
 import pytest
 
 from splitwise_sched.connection import check_server
-from splitwise_sched.errors import ConfigError, StoreUnavailable, StoreUnsuitable
+from splitwise_sched.embedded import EmbeddedServer
+from splitwise_sched.errors import ConfigError, RequestFailed, StoreUnavailable, StoreUnsuitable
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.settings import SchedulerSettings
-from tests.integration.toy import settings_for
+from splitwise_sched.types import Request, Role
+from tests.integration.toy import ToyInstance, settings_for, toy_answer, until
 
 
 async def test_nobody_answers(topic):
@@ -71,3 +74,50 @@ def test_server_that_will_do(info, name):
 async def test_library_does_not_guess_a_host(topic):
     with pytest.raises(ConfigError, match="scheduler_host is not set"):
         FrontEnd(SchedulerSettings(scheduler_topic=topic))
+
+
+async def test_unix_socket_serves_as_a_host_does(tmp_path, topic):
+    with EmbeddedServer(unix_socket=tmp_path / "redis.sock") as server:
+        settings = SchedulerSettings(
+            scheduler_host=str(tmp_path / "redis.sock"), scheduler_port=1, scheduler_topic=topic
+        )
+        async with FrontEnd(settings) as frontend, ToyInstance(settings, Role.MIXED, "m0"):
+            request = Request("r0", "toy", (1, 2))
+            tokens = [t async for output in await frontend.submit(request) for t in output.token_ids]
+            assert tokens == toy_answer(request)
+        assert server.port
+        missing = settings.model_copy(update={"scheduler_host": str(tmp_path / "nothing.sock")})
+        with pytest.raises(StoreUnavailable, match=r"no Redis or Valkey answers at .*nothing.sock"):
+            await FrontEnd(missing).start()
+
+
+async def test_entries_of_the_queue_that_are_not_ours_are_removed_and_hurt_nobody(redis_server, topic):
+    settings = settings_for(redis_server, topic)
+    async with FrontEnd(settings) as frontend:
+        queue = frontend.store.keys.queue
+        for fields in (("x", "y"), ("id", "r0"), ("id", "r0", "epoch", "soon"), ("id", "ghost", "epoch", "1")):
+            await frontend.store.call("XADD", queue, "*", *fields)
+        async with ToyInstance(settings, Role.MIXED, "m0"):
+            request = Request("r0", "toy", (1, 2))
+            tokens = [t async for output in await frontend.submit(request) for t in output.token_ids]
+            assert tokens == toy_answer(request)
+
+            async def empty() -> bool:
+                return await frontend.store.queue_depth() == 0
+
+            await until(empty)
+
+
+async def test_body_of_another_version_ends_its_request_with_the_reason_and_hurts_nobody(redis_server, topic):
+    settings = settings_for(redis_server, topic)
+    async with FrontEnd(settings) as frontend:
+        streams = [await frontend.submit(Request(f"r{i}", "toy", (1, 2))) for i in range(3)]
+        for i, body in ((0, msgpack.packb({"v": 99})), (1, b"\xc1 no msgpack")):
+            await frontend.store.call("SET", frontend.store.keys.body(f"r{i}"), body)
+        async with ToyInstance(settings, Role.MIXED, "m0"):
+            for i, reason in ((0, "version 99, this process reads"), (1, "not readable msgpack")):
+                with pytest.raises(RequestFailed, match=reason):
+                    [output async for output in streams[i]]
+            assert [t async for o in streams[2] for t in o.token_ids] == toy_answer(streams[2].request)
+        dead = await frontend.store.call("XRANGE", frontend.store.keys.dead_letter, "-", "+")
+        assert len(dead) == 2 and "version 99" in str(dead)
