@@ -17,7 +17,7 @@ OK, FAILED = 200, 500
 MAX_RESULT_CHARS = 1 << 20
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One run of a request on this instance.
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from splitwise_sched.errors import ConfigError, IncompatibleInstance, StoreUnavailable
-from splitwise_sched.fastdeploy import RequestOutput, SplitWiseScheduler
+from splitwise_sched.fastdeploy import Request, RequestOutput, SplitWiseScheduler
 from tests.integration.fastdeploy_loop import (
     EngineLoop,
     announced,
@@ -285,6 +285,34 @@ def test_class_of_the_engine_s_own_takes_answers_and_error_results(redis_server,
         mixed.go.clear()
         mixed.scheduler.put_requests([request("late")])
         assert [r.error_code for r in read_all(mixed.scheduler, ["late"])["late"]] == [500]
+
+
+class PickyRequest(Request):
+    @classmethod
+    def from_dict(cls, data):
+        if data["prompt"] == "picked":
+            raise KeyError("prompt")
+        return super().from_dict(data)
+
+
+def test_request_that_the_engine_s_class_does_not_take_ends_alone_with_the_reason(redis_server, topic):
+    with node(redis_server, topic, "mixed", {}, request_class=PickyRequest) as mixed:
+        picked = request("picked")
+        picked.prompt = "picked"
+        mixed.scheduler.put_requests([picked, request("plain")])
+        results = read_all(mixed.scheduler, ["picked", "plain"])
+        assert "PickyRequest.from_dict does not take it: KeyError('prompt')" in results["picked"][0].error_msg
+        assert tokens_of(results["plain"])
+
+
+def test_requests_are_refused_with_the_reason_when_redis_has_gone(private_redis_server, topic):
+    with SplitWiseScheduler(config_for(private_redis_server, topic)) as scheduler:
+        scheduler.start("mixed", "h", None)
+        private_redis_server.process.kill()
+        private_redis_server.process.wait()
+        answers = scheduler.put_requests([request("r0"), request("r1")])
+        assert [user_id for user_id, _ in answers] == ["r0", "r1"] and all(error for _, error in answers)
+        assert scheduler.get_requests(100, 16, 2, 1000) == []
 
 
 def test_results_can_be_taken_of_some_requests_only(redis_server, topic):
