@@ -153,8 +153,13 @@ class DestinationSide:
         else:
             self._settle(tokens)
 
-    def tick(self, now: float, silence_s: float) -> None:
-        """Look at the clock; ``silence_s`` is the least that a peer must be silent for to count as gone."""
+    def forgive(self, seconds: float) -> None:
+        """Do not count this time as silence of the peers."""
+        for peer in self._peers.values():
+            peer.last_heard += seconds
+
+    def tick(self, now: float) -> None:
+        """Look at the clock."""
         for transfer_id, transfer in list(self._receives.items()):
             self._run(transfer_id, transfer.tick(now))
         for token, (until, reason) in list(self._refused.items()):
@@ -167,7 +172,7 @@ class DestinationSide:
                     self.lose(key, "idle")
                 continue
             peer.idle_since = now
-            if now - peer.last_heard > silence_s:
+            if now - peer.last_heard > self._options.silence_s:
                 self.lose(key, f"nothing was heard from it for {now - peer.last_heard:.1f} s")
             else:
                 peer.keep_alive(now)

@@ -31,7 +31,7 @@ log = logging.getLogger("kv_transfer")
 
 _TICK_S = 0.1
 _IDLE_WAIT_S = 5.0
-# An own pause of this length says nothing about the peers: what they sent meanwhile has not been read yet.
+# A pause of our own of this length is not the peers' silence: they may have stood still as well, or been unheard.
 _OWN_STALL_S = 0.5
 _CLOSE_TIMEOUT_S = 15.0
 
@@ -282,10 +282,12 @@ class Messenger:
         finally:
             with self._lock:
                 self._is_running = False
-            # After this nothing of ours touches the pool, whatever the transfers' states.
-            self._close_transports()
-            self._control = None
-            control.close()
+            try:
+                # After this nothing of ours touches the pool, whatever the transfers' states.
+                self._close_transports()
+            finally:
+                self._control = None
+                control.close()
             self._report_unfinished()
 
     def _turn(self, control: ControlChannel, last_tick: float) -> float:
@@ -312,10 +314,11 @@ class Messenger:
         now = time.monotonic()
         if now - last_tick < tick_s:
             return last_tick
-        stalled = busy and now - last_tick > _OWN_STALL_S
-        silence_s = float("inf") if stalled else self._options.silence_s
-        self._source.tick(now, silence_s)
-        self._destination.tick(now, silence_s)
+        if busy and now - last_tick > _OWN_STALL_S:
+            self._source.forgive(now - last_tick)
+            self._destination.forgive(now - last_tick)
+        self._source.tick(now)
+        self._destination.tick(now)
         return now
 
     def _abort_all(self, reason: str) -> None:

@@ -195,8 +195,13 @@ class SourceSide:
         for transfer_id in {self._by_token[t] for t in session.tokens if t in self._by_token}:
             self._run(transfer_id, self._sends[transfer_id].lose(key, reason, now))
 
-    def tick(self, now: float, silence_s: float) -> None:
-        """Look at the clock; ``silence_s`` is the least that a peer must be silent for to count as gone."""
+    def forgive(self, seconds: float) -> None:
+        """Do not count this time as silence of the peers."""
+        for session in self._sessions.values():
+            session.last_heard += seconds
+
+    def tick(self, now: float) -> None:
+        """Look at the clock."""
         for transfer_id, transfer in list(self._sends.items()):
             self._run(transfer_id, transfer.tick(now))
         for token, early in list(self._early.items()):
@@ -206,7 +211,7 @@ class SourceSide:
             silent_s = now - session.last_heard
             if session.data_token is None and silent_s > STRANGER_TIMEOUT_S:
                 self.lose(key, "it did not prove itself in time", now)
-            elif session.tokens and silent_s > silence_s:
+            elif session.tokens and silent_s > self._options.silence_s:
                 self.lose(key, f"nothing was heard from it for {silent_s:.1f} s", now)
             elif silent_s > SESSION_IDLE_S:
                 self.lose(key, "idle", now)

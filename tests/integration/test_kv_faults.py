@@ -330,3 +330,25 @@ def test_a_connection_that_breaks_fails_its_transfers_and_is_made_anew_for_the_n
     source.send("r@2", range(10))
     assert isinstance(destination.wait("r@2"), Received)
     assert differing(LAYOUT, destination.view[:10], source.view[:10]) == []
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_pause_of_both_sides_that_is_longer_than_the_allowed_silence_costs_no_transfer(
+    lane: str, ranks: contextlib.ExitStack
+) -> None:
+    source = keep(ranks, RemoteRank(LAYOUT, quick(lane), "prefill", 1))
+    destination = keep(ranks, RemoteRank(LAYOUT, quick(lane), "decode", 2))
+    source.open_send("r@1", 10)
+    source.send_blocks("r@1", 0, range(5))
+    destination.receive("r@1", [source.endpoint], range(10))
+    wait_for(lambda: np.array_equal(destination.view[:5], source.view[:5]))
+    for rank in (source, destination):
+        rank.stop()
+    # What is waited for is the passing of time itself.
+    time.sleep(1.5 * quick(lane).silence_s)
+    for rank in (source, destination):
+        rank.resume()
+    source.send_blocks("r@1", 5, range(5, 10))
+    source.finish_send("r@1")
+    assert isinstance(destination.wait("r@1"), Received)
+    assert isinstance(source.wait("r@1"), Sent)
