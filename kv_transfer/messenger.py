@@ -297,11 +297,11 @@ class Messenger:
         for incoming in control.wait(tick_s if busy else _IDLE_WAIT_S):
             now = time.monotonic()
             if incoming.source is Source.SESSION:
-                self._source.receive(incoming.key, incoming.frame, now)
+                self._source.sessions.receive(incoming.key, incoming.frame, now)
             elif incoming.source is Source.PEER:
                 self._destination.receive(incoming.key, incoming.frame, now)
             else:
-                self._source.lose(incoming.key, "its process has ended", now)
+                self._source.sessions.lose(incoming.key, "its process has ended", now)
                 self._destination.lose(incoming.key, "its process has ended")
         while self._commands:
             self._commands.popleft()(time.monotonic())
@@ -315,7 +315,7 @@ class Messenger:
         if now - last_tick < tick_s:
             return last_tick
         if busy and now - last_tick > _OWN_STALL_S:
-            self._source.forgive(now - last_tick)
+            self._source.sessions.forgive(now - last_tick)
             self._destination.forgive(now - last_tick)
         self._source.tick(now)
         self._destination.tick(now)
