@@ -6,7 +6,7 @@ import json
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kv_transfer.endpoint import RankEndpoint
@@ -75,10 +75,15 @@ def test_missing_and_unknown_fields_are_refused_by_name() -> None:
         RankEndpoint.from_dict("text")
 
 
-@given(st.dictionaries(st.sampled_from([*ENDPOINT.to_dict(), "x"]), st.recursive(
-    st.none() | st.integers() | st.text() | st.booleans(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-)))  # fmt: skip
+anything = st.recursive(
+    st.none() | st.integers() | st.text(max_size=20) | st.booleans(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from([*ENDPOINT.to_dict(), "x"]), anything, max_size=4))
 def test_no_record_gets_past_from_dict_with_another_error(patch: dict[str, object]) -> None:
     try:
         RankEndpoint.from_dict({**ENDPOINT.to_dict(), **patch})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer.fetch_queue import FetchQueue
@@ -38,6 +38,7 @@ def test_only_so_many_are_under_way_and_dropped_ones_make_room() -> None:
     assert queue.next() is None
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 5),
     st.integers(1, 4),

@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer.errors import InvalidLayout, LayoutMismatch
@@ -84,6 +84,7 @@ def test_missing_and_unknown_fields_are_refused_by_name() -> None:
         KVLayout.from_dict([1])
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from([*LAYOUT.to_dict(), "x"]), st.one_of(st.integers(), st.text(), st.none())))
 def test_no_record_gets_past_from_dict_with_another_error(patch: dict[str, object]) -> None:
     try:

@@ -76,6 +76,7 @@ def test_applying_the_plan_gives_what_a_direct_resharding_gives(
         assert written.sum() == num_moved * dst.block_bytes
 
 
+@settings(deadline=None)
 @given(tp_pairs())
 def test_both_sides_name_the_same_pairs_and_every_source_rank_has_one(pair: tuple[int, int, int]) -> None:
     heads, src_tp, dst_tp = pair
@@ -107,6 +108,7 @@ def test_an_incompatible_pair_has_no_plan() -> None:
         plan_pair(src, dataclasses.replace(dst, block_size=4))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 12), unique=True))
 def test_merged_runs_cover_the_same_pairs_in_order_and_are_maximal(src: list[int]) -> None:
     rng = np.random.default_rng(len(src))

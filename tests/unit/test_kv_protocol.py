@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer import protocol
@@ -86,6 +86,7 @@ def test_the_largest_aux_fits_and_one_more_byte_does_not() -> None:
         decode(encode(End(TOKEN, bytes(MAX_AUX_BYTES + 1))))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_random_bytes_are_never_more_than_a_protocol_error(frame: bytes) -> None:
     try:
@@ -101,6 +102,7 @@ plain = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.integers(0, 15), st.lists(plain, max_size=9))
 def test_wellformed_nonsense_is_never_more_than_a_protocol_error(kind: int, values: list[object]) -> None:
     try:
