@@ -39,8 +39,15 @@ class Assembly:
 
     def feed(self, output: Output) -> list[Output]:
         """What the user gets now that ``output`` is here: nothing, it (or its new part), or it and what had waited."""
-        if not self.raise_epoch(output.epoch):
+        if output.epoch != self.epoch and not self.raise_epoch(output.epoch):
             return []
+        if self.ended:
+            return []
+        if output.index == len(self.token_ids) and output.token_ids and not self._early:
+            # As nearly all are: next in order.
+            self.token_ids += output.token_ids
+            self.ended = output.finish_reason is not None
+            return [output]
         given = []
         next_output: Output | None = output
         while next_output is not None:

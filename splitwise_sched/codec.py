@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from array import array
-from dataclasses import asdict
 from typing import Any
 
 import msgpack
@@ -39,7 +38,7 @@ def encode_request(request: Request) -> bytes:
             "model": request.model,
             "prompt": _pack_ids(request.prompt_token_ids),
             "emitted": _pack_ids(request.emitted_token_ids),
-            "sampling": asdict(request.sampling),
+            "sampling": {name: getattr(request.sampling, name) for name in _SAMPLING_TYPES},
             "timeout_s": request.timeout_s,
             "priority": request.priority,
             "tenant": request.tenant,

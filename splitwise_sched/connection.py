@@ -241,10 +241,9 @@ class BlockingReader:
         self._keys = keys
         self._link = link
 
-    async def read(
-        self, positions: Mapping[str, str], block_ms: int, count: int
-    ) -> list[tuple[str, str, dict[str, str]]]:
-        """XREAD: (key, entry id, fields) of entries after ``positions``, [] when ``block_ms`` went by without one.
+    async def read(self, positions: Mapping[str, str], block_ms: int, count: int) -> list[tuple[str, str, list[str]]]:
+        """XREAD: (key, entry id, [field, value, field, value ...]) of entries after ``positions``, at most ``count`` a
+        key; [] when ``block_ms`` went by without one. A field may be there more than once.
 
         Raises StoreUnavailable at the first failure; positions are the caller's, so that nothing is lost by it.
         """
@@ -264,7 +263,8 @@ class BlockingReader:
         args = ("XREADGROUP", "GROUP", PREFILL_GROUP, instance_id, "COUNT", count, "BLOCK", block_ms, "STREAMS",
                 *queues, *(("0" if again else ">",) * len(queues)))  # fmt: skip
         claims = []
-        for key, entry_id, fields in _entries(await self._read(block_ms, args)):
+        for key, entry_id, flat in _entries(await self._read(block_ms, args)):
+            fields = as_dict(flat)
             epoch = fields.get("epoch", "")
             if "id" not in fields or not epoch.isdigit():
                 # The script that binds it finds no such request, and removes it.
@@ -296,12 +296,12 @@ class BlockingReader:
         self._link.close()
 
 
-def _entries(reply: Any) -> list[tuple[str, str, dict[str, str]]]:
+def _entries(reply: Any) -> list[tuple[str, str, list[str]]]:
     """Stream entries out of RESP2's lists or RESP3's map."""
     if not reply:
         return []
     streams = reply.items() if isinstance(reply, dict) else reply
-    return [(key, entry_id, as_dict(fields or ())) for key, rows in streams for entry_id, fields in rows]
+    return [(key, entry_id, fields or []) for key, rows in streams for entry_id, fields in rows]
 
 
 def as_dict(reply: Any) -> dict[str, str]:

@@ -26,10 +26,10 @@ from splitwise_sched.errors import (
     SplitwiseError,
     StoreUnavailable,
 )
-from splitwise_sched.outputs import Lost, MalformedOutput, decode_output
+from splitwise_sched.outputs import Lost, decode_outputs
 from splitwise_sched.records import InstanceRecord
 from splitwise_sched.settings import SchedulerSettings
-from splitwise_sched.store import HELLO, NO_PREFERENCE, Flow, Preference, Store
+from splitwise_sched.store import NO_PREFERENCE, Flow, Preference, Store
 from splitwise_sched.sweeper import Sweeper
 from splitwise_sched.types import FinishReason, Output, Request, check_id
 
@@ -64,7 +64,8 @@ class OutputStream(AsyncIterator[Output]):
         self.doubts = 0
         self.recovery: asyncio.Task[None] | None = None
         self._frontend = frontend
-        self._outputs: asyncio.Queue[Output | SplitwiseError] = asyncio.Queue()
+        self._outputs: deque[Output | SplitwiseError] = deque()
+        self._arrival: asyncio.Future[None] | None = None
         self._over = False
 
     def __aiter__(self) -> OutputStream:
@@ -73,7 +74,14 @@ class OutputStream(AsyncIterator[Output]):
     async def __anext__(self) -> Output:
         if self._over:
             raise StopAsyncIteration
-        item = await self._outputs.get()
+        while not self._outputs:
+            assert self._arrival is None, "one task at a time reads an OutputStream"
+            self._arrival = asyncio.get_running_loop().create_future()
+            try:
+                await self._arrival
+            finally:
+                self._arrival = None
+        item = self._outputs.popleft()
         if isinstance(item, SplitwiseError):
             self._over = True
             raise item
@@ -93,7 +101,9 @@ class OutputStream(AsyncIterator[Output]):
 
     def put(self, item: Output | SplitwiseError) -> None:
         """For the front end's reader."""
-        self._outputs.put_nowait(item)
+        self._outputs.append(item)
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
 
 class FrontEnd:
@@ -287,29 +297,30 @@ class FrontEnd:
                     await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
                     continue
                 self._seen_at = time.monotonic()
+                by_request: dict[str, list[str]] = {}
                 for _, entry_id, fields in entries:
-                    for request_id, value in fields.items():
-                        if request_id != HELLO:
-                            self._take(request_id, value)
+                    for request_id, value in zip(fields[::2], fields[1::2], strict=True):
+                        if request_id in by_request:
+                            by_request[request_id].append(value)
+                        else:
+                            by_request[request_id] = [value]
                     self._read_up_to = entry_id
+                for request_id, values in by_request.items():
+                    self._take(request_id, values)
 
-    def _take(self, request_id: str, value: str) -> None:
+    def _take(self, request_id: str, values: list[str]) -> None:
         stream = self._streams.get(request_id)
         if stream is None:
             return
-        try:
-            output = decode_output(request_id, value)
-        except MalformedOutput as exc:
-            logger.warning("%s", exc)
-            return
-        if isinstance(output, Lost):
-            if stream.assembly.raise_epoch(output.epoch):
-                self._recover(stream, output.reason)
-            return
-        for fresh in stream.assembly.feed(output):
-            stream.put(fresh)
+        for output in decode_outputs(request_id, values):
+            if isinstance(output, Lost):
+                if stream.assembly.raise_epoch(output.epoch):
+                    self._recover(stream, output.reason)
+                continue
+            for fresh in stream.assembly.feed(output):
+                stream.put(fresh)
         if stream.assembly.ended:
-            del self._streams[request_id]
+            self._streams.pop(request_id, None)
             self._ends.append(time.monotonic())
 
     # ---- recovery ------------------------------------------------------------------------------------------------

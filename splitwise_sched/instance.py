@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from splitwise_sched.codec import decode_request
-from splitwise_sched.connection import BlockingReader
+from splitwise_sched.connection import BlockingReader, as_dict
 from splitwise_sched.errors import Fenced, IncompatibleInstance, InvalidRequest, SplitwiseError, StoreUnavailable
 from splitwise_sched.outputs import encode_output
 from splitwise_sched.records import (
@@ -35,7 +35,7 @@ from splitwise_sched.types import Output, Request, RequestState, Role, check_id
 
 logger = logging.getLogger(__name__)
 
-BLOCK_MS = 500
+BLOCK_MS = 2000
 MAX_CLAIM = 64
 MAX_HELD = 100_000
 ROLE_POLL_S = 0.02
@@ -357,9 +357,10 @@ class InstanceSession:
             try:
                 entries = await reader.read(positions, BLOCK_MS, 256)
                 # An inbox entry is seen before the word to drop it.
-                await self._take_in([fields for key, _, fields in entries if key == inbox])
-                for key, entry_id, fields in entries:
-                    if key == control and "drop" in fields and fields.get("epoch", "").isdigit():
+                await self._take_in([as_dict(fields) for key, _, fields in entries if key == inbox])
+                for key, entry_id, flat in entries:
+                    fields = as_dict(flat) if key == control else {}
+                    if "drop" in fields and fields.get("epoch", "").isdigit():
                         self._drop(fields["drop"], int(fields["epoch"]), fields.get("why", ""))
                     positions[key] = entry_id
             except StoreUnavailable as exc:

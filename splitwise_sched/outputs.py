@@ -8,13 +8,19 @@ the request ended, what was measured, what an embedding program added. An instan
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from splitwise_sched.errors import SplitwiseError
 from splitwise_sched.types import FinishReason, Output, TokenLogprob
 
+logger = logging.getLogger(__name__)
+
 MAX_CHUNK_CHARS = 4 << 20
+
+_encode_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class MalformedOutput(SplitwiseError):
@@ -45,7 +51,7 @@ def encode_output(output: Output) -> str:
             extra["stats"] = dict(output.stats)
     if output.extra is not None:
         extra["extra"] = dict(output.extra)
-    return f"{text}:{json.dumps(extra, separators=(',', ':'))}" if extra else text
+    return f"{text}:{_encode_json(extra)}" if extra else text
 
 
 def decode_output(request_id: str, value: str) -> Output | Lost:
@@ -54,7 +60,9 @@ def decode_output(request_id: str, value: str) -> Output | Lost:
         if len(value) > MAX_CHUNK_CHARS:
             raise ValueError(f"{len(value)} characters")
         epoch, index, tokens, *rest = value.split(":", 3)
-        extra = json.loads(rest[0]) if rest else {}
+        if not rest:
+            return Output(request_id, int(epoch), int(index), tuple(map(int, tokens.split())))
+        extra = json.loads(rest[0])
         if not isinstance(extra, dict):
             raise ValueError("no JSON object")
         if "lost" in extra:
@@ -77,6 +85,39 @@ def decode_output(request_id: str, value: str) -> Output | Lost:
         )
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as exc:
         raise MalformedOutput(f"output of {request_id} is not readable: {value[:200]!r} ({exc})") from exc
+
+
+def decode_outputs(request_id: str, values: Iterable[str]) -> list[Output | Lost]:
+    """Outputs of one request that came together; tokens alone that go on from each other are put into one.
+
+    What is not readable is left out, with a warning.
+    """
+    outputs: list[Output | Lost] = []
+    # The run that grows: tokens of one epoch from one index on.
+    epoch, index = 0, 0
+    run: list[int] = []
+    for value in values:
+        try:
+            if value.count(":") == 2 and len(value) <= MAX_CHUNK_CHARS:
+                epoch_text, index_text, tokens = value.split(":")
+                if not run or int(epoch_text) != epoch or int(index_text) != index + len(run):
+                    _close_run(outputs, request_id, epoch, index, run)
+                    epoch, index, run = int(epoch_text), int(index_text), []
+                run += map(int, tokens.split())
+            else:
+                output = decode_output(request_id, value)
+                _close_run(outputs, request_id, epoch, index, run)
+                run = []
+                outputs.append(output)
+        except (ValueError, MalformedOutput) as exc:
+            logger.warning("output of %s is left out: %r (%s)", request_id, value[:200], exc)
+    _close_run(outputs, request_id, epoch, index, run)
+    return outputs
+
+
+def _close_run(outputs: list[Output | Lost], request_id: str, epoch: int, index: int, run: list[int]) -> None:
+    if run:
+        outputs.append(Output(request_id, epoch, index, tuple(run)))
 
 
 def _logprob(raw: Any) -> TokenLogprob:

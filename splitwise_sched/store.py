@@ -61,7 +61,7 @@ class Store(Connection):
     ) -> tuple[str, list[Any]]:
         """See submit.lua: the verdict and what comes with it. The body of a request that is refused does not stay."""
         k = self.keys
-        self.call("SET", k.incoming(nonce), body, "PX", timeout_ms + retain_ms)
+        self.tell("SET", k.incoming(nonce), body, "PX", timeout_ms + retain_ms)
         keys = (k.request(request_id), k.queue, k.deadlines, k.counters, k.incoming(nonce), k.body(request_id))
         reply = await self.script(
             "submit", keys, request_id, frontend_id, nonce,
