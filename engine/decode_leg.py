@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import deque
@@ -14,7 +13,7 @@ from engine.handover import Handover, MalformedHandover
 from engine.port import EngineDriver, Mode, TokensOut
 from engine.prefill_leg import Returns
 from engine.ranks import RankGroup
-from kv_transfer.endpoint import RankEndpoint
+from kv_transfer.endpoint import RankEndpoint, endpoints_from_text
 from kv_transfer.errors import KVTransferError
 from kv_transfer.events import Received, TransferEvent, TransferFailed
 from splitwise_sched.errors import InvalidRequest
@@ -22,8 +21,6 @@ from splitwise_sched.records import DecodeAssigned, PrefillAssigned
 from splitwise_sched.types import Output, Request
 
 logger = logging.getLogger(__name__)
-
-MAX_ENDPOINTS_CHARS = 1 << 20
 
 
 class Steps(Returns, Protocol):
@@ -79,8 +76,8 @@ class DecodeLeg:
         request = event.request
         try:
             self._engine.check(request)
-            source = _endpoints(event.prefill_fields)
-        except (InvalidRequest, KVTransferError, ValueError) as exc:
+            source = endpoints_from_text(event.prefill_fields.get("kv_endpoints", ""))
+        except (InvalidRequest, KVTransferError) as exc:
             retry = not isinstance(exc, InvalidRequest)
             self._steps.give_back(request.request_id, event.epoch, str(exc), retry=retry)
             return
@@ -185,17 +182,3 @@ class DecodeLeg:
 
 def _ms_since(moment: float) -> float:
     return round(1000 * (time.monotonic() - moment), 3)
-
-
-def _endpoints(fields: Mapping[str, str]) -> list[RankEndpoint]:
-    """Endpoints in an instance's record. Raises ValueError or KVTransferError; nothing in it is trusted."""
-    text = fields.get("kv_endpoints", "")
-    if len(text) > MAX_ENDPOINTS_CHARS:
-        raise ValueError(f"the prefill instance's endpoints take {len(text)} characters")
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as exc:
-        raise ValueError(f"the prefill instance's endpoints are not readable: {exc}") from exc
-    if not isinstance(raw, list) or not raw:
-        raise ValueError("the prefill instance has no KV endpoints: it cannot send to a decode instance")
-    return [RankEndpoint.from_dict(item) for item in raw]

@@ -6,7 +6,6 @@ never waits for Redis or a peer; when there is nothing to do it sleeps until som
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -17,6 +16,7 @@ from engine.decode_leg import DecodeLeg
 from engine.port import BlocksReady, EngineDriver, TokensOut
 from engine.prefill_leg import PrefillLeg
 from engine.ranks import RankGroup
+from kv_transfer.endpoint import endpoints_to_text
 from kv_transfer.events import TransferEvent
 from kv_transfer.options import TransferOptions
 from splitwise_sched.errors import Fenced
@@ -139,7 +139,7 @@ class Runner:
         if time.monotonic() > self._drain_until:
             logger.warning("%d requests did not end in time and go back to the queue", self.instance.num_held)
             return True
-        return not (self.instance.num_held or self._prefill.runs or self._decode.runs)
+        return self.instance.is_drained and not (self._prefill.runs or self._decode.runs)
 
     def go_round(self) -> bool:
         """Once; returns whether the engine computed."""
@@ -166,18 +166,16 @@ class Runner:
     def _on_scheduler(self, event: InstanceEvent) -> None:
         assert self.instance is not None
         if isinstance(event, PrefillAssigned):
-            key = f"{event.request.request_id}@{event.epoch}"
             if event.decode_instance == self.instance.instance_id:
-                self._decode.run_whole(key, event)
+                self._decode.run_whole(event.key, event)
             else:
-                self._prefill.assign(key, event)
+                self._prefill.assign(event.key, event)
         elif isinstance(event, DecodeAssigned):
-            self._decode.assign(f"{event.request.request_id}@{event.epoch}", event)
+            self._decode.assign(event.key, event)
         elif isinstance(event, Dropped):
             self.stats.num_dropped += 1
-            key = f"{event.request_id}@{event.epoch}"
-            self._prefill.drop(key, event.reason)
-            self._decode.drop(key, event.reason)
+            self._prefill.drop(event.key, event.reason)
+            self._decode.drop(event.key, event.reason)
         else:
             self._on_lease_lost(event)
 
@@ -238,6 +236,6 @@ class Runner:
             max_model_len=spec.max_model_len,
             details={
                 **self._options.details,
-                "kv_endpoints": json.dumps([endpoint.to_dict() for endpoint in self.ranks.endpoints]),
+                "kv_endpoints": endpoints_to_text(self.ranks.endpoints),
             },
         )

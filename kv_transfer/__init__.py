@@ -1,6 +1,6 @@
 """Moves KV-cache blocks between the pools of two engine ranks. Knows nothing of Redis or of any engine."""
 
-from kv_transfer.endpoint import RankEndpoint
+from kv_transfer.endpoint import RankEndpoint, endpoints_from_text, endpoints_to_text
 from kv_transfer.errors import (
     InvalidEndpoint,
     InvalidLayout,
@@ -41,5 +41,7 @@ __all__ = [
     "TransportFailed",
     "UnknownTransport",
     "check_compatible",
+    "endpoints_from_text",
+    "endpoints_to_text",
     "parse_protocols",
 ]

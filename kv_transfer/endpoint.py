@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kv_transfer.errors import InvalidEndpoint, InvalidLayout
@@ -15,6 +16,7 @@ NONCE_PATTERN = re.compile(r"[0-9a-f]{32}")
 MAX_TRANSPORTS = 16
 MAX_OFFER_FIELDS = 32
 MAX_TEXT_CHARS = 512
+MAX_ENDPOINTS_CHARS = 1 << 20
 
 Offer = Mapping[str, "str | int"]
 
@@ -108,6 +110,28 @@ class RankEndpoint:
             wire_version=_check_number("wire_version", data.get("wire_version"), 1, 2**31 - 1),
             transports=_check_transports(data.get("transports")),
         )
+
+
+def endpoints_to_text(endpoints: Sequence[RankEndpoint]) -> str:
+    """All ranks of an instance, in rank order, as one field of its lease record."""
+    return json.dumps([endpoint.to_dict() for endpoint in endpoints])
+
+
+def endpoints_from_text(text: str) -> list[RankEndpoint]:
+    """Read what ``endpoints_to_text`` wrote, from a source that is not trusted; at least one.
+
+    Raises:
+        InvalidEndpoint: says what is wrong with it.
+    """
+    if len(text) > MAX_ENDPOINTS_CHARS:
+        raise InvalidEndpoint(f"endpoint records of {len(text)} characters: the limit is {MAX_ENDPOINTS_CHARS}")
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidEndpoint(f"endpoint records are not readable: {exc}") from exc
+    if not isinstance(records, list) or not records:
+        raise InvalidEndpoint("there are no endpoint records: the peer cannot send KV blocks")
+    return [RankEndpoint.from_dict(record) for record in records]
 
 
 def _check_text(name: str, value: object, limit: int) -> str:

@@ -6,6 +6,7 @@
 
 from splitwise_sched.errors import (
     ConfigError,
+    DeadlineUnreachable,
     DuplicateRequest,
     Fenced,
     IncompatibleInstance,
@@ -33,6 +34,7 @@ from splitwise_sched.types import FinishReason, Output, Request, RequestState, R
 
 __all__ = [
     "ConfigError",
+    "DeadlineUnreachable",
     "DecodeAssigned",
     "Dropped",
     "DuplicateRequest",

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 BLOCK_MS = 2000
 MAX_CLAIM = 64
 MAX_HELD = 100_000
-ROLE_POLL_S = 0.02
+HELD_POLL_S = 0.02
 INBOX_FIELDS = {"id", "epoch", "prefill", "frontend"}
 BIND_RETRY_S = 0.01
 PAUSE_AFTER_FAILURE_S = 0.2
@@ -175,12 +175,19 @@ class InstanceSession:
             await self._return_claims()
         await self.store.drain(self.instance_id)
 
+    async def until_empty(self) -> None:
+        """Wait until nothing that was given to this instance is left, neither here nor on its way from Redis."""
+        while True:
+            if not self._frontends and not await self.store.inbox_depth(self.instance_id):
+                return
+            await asyncio.sleep(HELD_POLL_S)
+
     async def change_role(self, role: Role, timeout_s: float) -> None:
         """Finish what is held, for ``timeout_s`` at most, and come back in another role: LeaseLost tells the new id."""
         await self.drain()
         deadline = asyncio.get_running_loop().time() + timeout_s
         while self._frontends and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(ROLE_POLL_S)
+            await asyncio.sleep(HELD_POLL_S)
         self._registration = replace(self._registration, role=role)
         self._is_draining = False
         self._lose(f"its role changes to {role.value}")

@@ -89,6 +89,11 @@ class Bound:
     frontend_id: str
 
 
+def run_key(request_id: str, epoch: int) -> str:
+    """Names one run of one request, on both its instances: what a loop files it under, and the id of its transfer."""
+    return f"{request_id}@{epoch}"
+
+
 @dataclass(frozen=True, slots=True)
 class PrefillAssigned:
     """This instance computes the prompt; ``decode_instance`` is its own id when it also goes on with the request.
@@ -102,6 +107,10 @@ class PrefillAssigned:
     decode_instance: str
     decode_fields: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def key(self) -> str:
+        return run_key(self.request.request_id, self.epoch)
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeAssigned:
@@ -112,6 +121,10 @@ class DecodeAssigned:
     prefill_instance: str
     prefill_fields: Mapping[str, str]
 
+    @property
+    def key(self) -> str:
+        return run_key(self.request.request_id, self.epoch)
+
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
@@ -120,6 +133,10 @@ class Dropped:
     request_id: str
     epoch: int
     reason: str
+
+    @property
+    def key(self) -> str:
+        return run_key(self.request_id, self.epoch)
 
 
 @dataclass(frozen=True, slots=True)

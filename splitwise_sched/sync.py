@@ -12,6 +12,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
 from typing import Any
 
 from splitwise_sched.errors import SplitwiseError, StoreUnavailable
@@ -23,6 +24,7 @@ from splitwise_sched.types import Output, Role
 logger = logging.getLogger(__name__)
 
 MAX_UNSENT = 100_000
+DRAIN_RETRY_S = 0.5
 
 
 class Instance:
@@ -31,8 +33,10 @@ class Instance:
     Args:
         on_event: called from the I/O thread when ``poll`` has something new; must return at once (set an event).
 
-    ``start`` begins the I/O thread and registers; ``close`` ends it. Between them, only the serving loop's thread
-    calls the other methods.
+    ``start`` begins the I/O thread and registers; ``close`` ends it (``with`` does both). Between them, only the
+    serving loop's thread calls the other methods. What they are given is the caller's again when they return.
+    Any of them raises StoreUnavailable when the I/O thread has ended, and TypeError or ValueError when what an earlier
+    call gave cannot be put into text; the rest of that call's batch was not sent either.
     """
 
     def __init__(
@@ -54,6 +58,9 @@ class Instance:
         self._thread: threading.Thread | None = None
         self._stop: asyncio.Event | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._changing: asyncio.Task[None] | None = None
+        self._is_drained = False
+        self._refused: Exception | None = None
 
     @property
     def instance_id(self) -> str:
@@ -75,9 +82,8 @@ class Instance:
         except concurrent.futures.TimeoutError as exc:
             self.close()
             raise StoreUnavailable(f"Redis did not answer within {timeout_s:g} s") from exc
-        except SplitwiseError:
-            self._thread.join(timeout_s)
-            self._thread = None
+        except BaseException:
+            self.close()
             raise
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -95,6 +101,15 @@ class Instance:
             logger.warning("the scheduler's I/O thread did not end within %g s", timeout_s)
         self._thread = None
 
+    def __enter__(self) -> Instance:
+        self.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
     # ---- the serving loop ----------------------------------------------------------------------------------------
 
     def poll(self, room: int, load: Mapping[str, int | float | str]) -> list[InstanceEvent]:
@@ -108,17 +123,20 @@ class Instance:
             events = list(self._events)
             self._events.clear()
             self._num_unread_prefills = 0
-        self._do(lambda session: self._report(session, room, load))
+        figures = dict(load)
+        self._do(lambda session: self._report(session, room, figures))
         return events
 
     def publish(self, outputs: Sequence[Output]) -> None:
         """See InstanceSession.publish."""
         if outputs:
-            self._do(lambda session: session.publish(outputs))
+            batch = tuple(outputs)
+            self._do(lambda session: session.publish(batch))
 
     def step(self, request_id: str, epoch: int, notes: Mapping[str, float | int | str]) -> None:
         """See InstanceSession.step."""
-        self._do(lambda session: session.step(request_id, epoch, notes))
+        noted = dict(notes)
+        self._do(lambda session: session.step(request_id, epoch, noted))
 
     def release(self, request_id: str, epoch: int) -> None:
         """See InstanceSession.release."""
@@ -129,18 +147,30 @@ class Instance:
         self._do(lambda session: session.give_back(request_id, epoch, why, retry=retry))
 
     def drain(self) -> None:
-        """Take nothing more; what is held goes on to its end, which ``num_held`` tells. Any thread may call this."""
+        """Take nothing more; what is held goes on to its end, which ``is_drained`` tells.
+
+        Idempotent; any thread or signal handler may call this.
+        """
 
         def begin(session: InstanceSession) -> None:
-            self._draining = asyncio.get_running_loop().create_task(session.drain())
+            if self._changing is not None:
+                self._changing.cancel()
+            if self._draining is None:
+                self._draining = asyncio.get_running_loop().create_task(self._drain(session))
 
         self._do(begin)
+
+    @property
+    def is_drained(self) -> bool:
+        """``drain`` was called, nothing more can come, and all that was held has ended, also in Redis."""
+        return self._is_drained
 
     def change_role(self, role: Role, timeout_s: float) -> None:
         """See InstanceSession.change_role; ``LeaseLost`` comes when it is done. Any thread may call this."""
 
         def begin(session: InstanceSession) -> None:
-            self._draining = asyncio.get_running_loop().create_task(session.change_role(role, timeout_s))
+            if self._draining is None:
+                self._changing = asyncio.get_running_loop().create_task(session.change_role(role, timeout_s))
 
         self._do(begin)
 
@@ -151,6 +181,16 @@ class Instance:
 
     # ---- between the threads -------------------------------------------------------------------------------------
 
+    async def _drain(self, session: InstanceSession) -> None:
+        while not self._is_drained:
+            try:
+                await session.drain()
+                await session.until_empty()
+                self._is_drained = True
+            except SplitwiseError as exc:
+                logger.warning("draining goes on when Redis answers again: %s", exc)
+                await asyncio.sleep(DRAIN_RETRY_S)
+
     def _report(self, session: InstanceSession, room: int, load: Mapping[str, int | float | str]) -> None:
         session.alive(load)
         with self._lock:
@@ -158,6 +198,9 @@ class Instance:
         session.set_room(room - unread)
 
     def _do(self, command: Callable[[InstanceSession], None]) -> None:
+        if self._refused is not None:
+            refused, self._refused = self._refused, None
+            raise refused
         if len(self._commands) >= MAX_UNSENT:
             raise StoreUnavailable(f"{MAX_UNSENT} commands wait for the I/O thread: it has stopped")
         self._commands.append(command)
@@ -166,13 +209,18 @@ class Instance:
             try:
                 self._loop.call_soon_threadsafe(self._flush)
             except RuntimeError as exc:
+                self._flush_due = False
                 raise StoreUnavailable("the scheduler's I/O thread has ended") from exc
 
     def _flush(self) -> None:
         self._flush_due = False
         session = self._session
         while self._commands and session is not None:
-            self._commands.popleft()(session)
+            try:
+                self._commands.popleft()(session)
+            except (TypeError, ValueError) as exc:
+                # An output that cannot be encoded: the thread that made it is the one to hear of it.
+                self._refused = exc
 
     def _on_event(self, event: InstanceEvent) -> None:
         with self._lock:
@@ -193,10 +241,10 @@ class Instance:
 
     async def _main(self, started: concurrent.futures.Future[None]) -> None:
         self._stop = asyncio.Event()
-        session = InstanceSession(self._settings, self._registration, self._on_event)
         try:
+            session = InstanceSession(self._settings, self._registration, self._on_event)
             await session.start()
-        except SplitwiseError as exc:
+        except Exception as exc:
             started.set_exception(exc)
             return
         self._session = session
@@ -206,6 +254,9 @@ class Instance:
         try:
             await self._stop.wait()
             self._flush()
+            for task in (self._draining, self._changing):
+                if task is not None:
+                    task.cancel()
         finally:
             await session.close()
 

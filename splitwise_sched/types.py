@@ -150,8 +150,12 @@ class Request:
             raise InvalidRequest("the prompt has no tokens: give at least one", param="prompt")
 
     @property
+    def input_token_ids(self) -> tuple[int, ...]:
+        """What prefill computes: the prompt, and what was already emitted; [num_input_tokens]."""
+        return self.prompt_token_ids + self.emitted_token_ids
+
+    @property
     def num_input_tokens(self) -> int:
-        """Tokens that prefill computes: the prompt, and what was already emitted."""
         return len(self.prompt_token_ids) + len(self.emitted_token_ids)
 
 

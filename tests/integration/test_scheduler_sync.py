@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import pytest
 
-from splitwise_sched.errors import IncompatibleInstance, StoreUnavailable
+from splitwise_sched.errors import ConfigError, IncompatibleInstance, InvalidRequest, StoreUnavailable
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.records import DecodeAssigned, Dropped, LeaseLost, PrefillAssigned, Registration
 from splitwise_sched.settings import SchedulerSettings
@@ -117,4 +118,69 @@ def test_start_that_fails_leaves_no_thread(redis_server, topic):
     nobody = settings.model_copy(update={"scheduler_port": 1})
     with pytest.raises(StoreUnavailable):
         Instance(nobody, registration()).start()
+    with pytest.raises(ConfigError, match="scheduler_host is not set"):
+        Instance(SchedulerSettings(), registration()).start()
+    with pytest.raises(InvalidRequest, match="'a b' is not usable"):
+        Instance(settings, replace(registration(), name="a b")).start()
+    with pytest.raises(TypeError):
+        Instance(settings, replace(registration(), details={"address": None})).start()
     assert not [t for t in threading.enumerate() if t.name == "splitwise-instance"]
+
+
+async def test_loop_drains_once_all_that_it_held_has_ended(redis_server, topic):
+    settings = settings_for(redis_server, topic)
+    async with FrontEnd(settings) as frontend:
+        with Loop(settings) as loop:
+            loop.go.clear()
+            asking = asyncio.create_task(ask(frontend, "r0"))
+
+            async def held() -> bool:
+                return loop.instance.num_held == 1
+
+            await until(held)
+            loop.instance.drain()
+            loop.instance.drain()
+
+            async def draining() -> bool:
+                return all("draining" in r.fields for r in await frontend.store.live_instances())
+
+            await until(draining)
+            assert not loop.instance.is_drained
+            loop.go.set()
+            await asyncio.wait_for(asking, 20)
+
+            async def drained() -> bool:
+                return loop.instance.is_drained
+
+            await until(drained)
+            late = await frontend.submit(Request("late", "toy", (1,)))
+            assert (await frontend.request_record("late"))["state"] == "queued"
+            await late.aclose()
+
+
+async def test_loop_hears_of_an_output_that_cannot_be_sent(redis_server, topic):
+    settings = settings_for(redis_server, topic)
+    taken, refused, wake = threading.Event(), [], threading.Event()
+    async with FrontEnd(settings) as frontend:
+        stream = await frontend.submit(Request("r0", "toy", (7,), SamplingParams(max_tokens=2)))
+        with Instance(settings, registration(), on_event=wake.set) as instance:
+
+            def serve() -> None:
+                while not taken.is_set():
+                    for event in instance.poll(1, {}):
+                        assert isinstance(event, PrefillAssigned)
+                        assert event.key == "r0@1"
+                        instance.publish([Output("r0", event.epoch, 0, (5,), extra={"when": object()})])
+                        taken.set()
+                    wake.wait(0.05)
+                    wake.clear()
+                while not refused:
+                    try:
+                        instance.poll(1, {})
+                    except TypeError as exc:
+                        refused.append(str(exc))
+                instance.publish([Output("r0", 1, 0, (5, 6), finish_reason=FinishReason.LENGTH)])
+
+            await asyncio.wait_for(asyncio.to_thread(serve), 20)
+            assert [output.token_ids async for output in stream] == [(5, 6)]
+    assert "not JSON serializable" in refused[0]

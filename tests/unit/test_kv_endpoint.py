@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kv_transfer.endpoint import RankEndpoint
+from kv_transfer.endpoint import MAX_ENDPOINTS_CHARS, RankEndpoint, endpoints_from_text, endpoints_to_text
 from kv_transfer.errors import InvalidEndpoint
 from kv_transfer.identity import ProcessIdentity, host_id, open_pidfd, process_start
 from kv_transfer.layout import KVLayout
@@ -29,6 +29,16 @@ ENDPOINT = RankEndpoint(
 def test_an_endpoint_survives_json() -> None:
     assert RankEndpoint.from_dict(json.loads(json.dumps(ENDPOINT.to_dict()))) == ENDPOINT
     assert (ENDPOINT.tp_rank, ENDPOINT.tp_size) == (1, 2)
+
+
+def test_all_ranks_of_an_instance_travel_as_one_text() -> None:
+    assert endpoints_from_text(endpoints_to_text([ENDPOINT, ENDPOINT])) == [ENDPOINT, ENDPOINT]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "7", "[7]", "[" * 100_000, " " * (MAX_ENDPOINTS_CHARS + 1)])
+def test_a_text_that_is_no_list_of_endpoints_is_refused(text: str) -> None:
+    with pytest.raises(InvalidEndpoint):
+        endpoints_from_text(text)
 
 
 @pytest.mark.parametrize(
