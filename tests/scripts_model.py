@@ -1,7 +1,7 @@
 """What the Lua scripts must do, once more and without Redis: a topic as plain Python values.
 
-``Topic`` has the scripts' operations under their names, with their results. ``snapshot`` gives everything that it holds
-in the same form as ``scripts_topic.snapshot`` reads it from a server, so that both can be compared after each operation.
+``Topic`` has the scripts' operations under their names, with their results. ``snapshot`` gives all that it holds in the
+form in which ``scripts_topic.snapshot`` reads it from a server, so that both can be compared after each operation.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def _control_rows(rows: list[Any]) -> list[tuple[str, int, str]] | None:
 
 
 def _out_rows(rows: list[Any]) -> list[tuple[str, int, str, str]]:
-    """(request, epoch, "lost" or how it ended, why)"""
+    """(request, epoch, "lost", "tokens" or how it ended, why)"""
     found = []
     for _, fields in rows:
         for request_id, value in as_dict(fields).items():
@@ -152,6 +152,6 @@ def _out_rows(rows: list[Any]) -> list[tuple[str, int, str, str]]:
                 if isinstance(output, Lost):
                     found.append((request_id, output.epoch, "lost", output.reason))
                 else:
-                    assert output.finish_reason is not None
-                    found.append((request_id, output.epoch, output.finish_reason.value, output.detail or ""))
+                    kind = "tokens" if output.finish_reason is None else output.finish_reason.value
+                    found.append((request_id, output.epoch, kind, output.detail or ""))
     return found

@@ -8,7 +8,7 @@ local P = ARGV[1]
 local FIELDS = {'state', 'epoch', 'attempts', 'frontend', 'queue_entry', 'prefill', 'decode', 'inbox_entry',
                 'kv_reserved', 'kv_tokens', 'input_tokens', 'deadline_ms', 'model', 'class', 'tenant', 'weight',
                 'queue', 'prefer'}
-local HISTORY_CHARS = 2000
+local HISTORY_BYTES, REASON_BYTES = 2000, 1000
 local leave_room, feed_queue -- waiting_room.lua
 local owe -- rate.lua
 local forget_preference -- preferred.lua
@@ -98,14 +98,23 @@ local function notify(frontend, id, value)
   redis.call('XADD', P .. 'out:' .. frontend, 'NOMKSTREAM', 'MAXLEN', '~', 200000, '*', id, value)
 end
 
+-- a reason as it is kept and told: what an instance or a user says may be of any length
+local function cut(why)
+  if #why <= REASON_BYTES then return why end
+  return (string.gsub(string.sub(why, 1, REASON_BYTES), '[\194-\244][\128-\191]*$', ''))
+end
+
 local function remember(id, line)
   local key = P .. 'request:' .. id
   local history = (redis.call('HGET', key, 'history') or '') .. line .. '; '
-  redis.call('HSET', key, 'history', string.sub(history, -HISTORY_CHARS))
+  -- Not from the middle of a UTF-8 character on.
+  history = string.gsub(string.sub(history, -HISTORY_BYTES), '^[\128-\191]+', '')
+  redis.call('HSET', key, 'history', history)
 end
 
 -- the run under r.epoch is over without an answer: its front end is told, and puts the request back
 local function lose(id, r, from, why)
+  why = cut(why)
   let_go(id, r, from, why)
   local epoch = redis.call('HINCRBY', P .. 'request:' .. id, 'epoch', 1)
   redis.call('HSET', P .. 'request:' .. id, 'state', 'lost', 'reason', why)
@@ -126,6 +135,7 @@ end
 
 -- end a request that nobody finished: both legs and its front end are told
 local function terminate(id, r, state, why, retain_ms)
+  why = cut(why)
   let_go(id, r, '', why)
   local epoch = redis.call('HINCRBY', P .. 'request:' .. id, 'epoch', 1)
   close(id, state, why, retain_ms)

@@ -45,13 +45,23 @@ local function spill_due(limit)
   end
 end
 
--- what waits for an instance that will not take it; returns how many entries were looked at
+-- what waits for an instance that will not take it, a bounded number; returns how many entries went
 local function spill_all(instance, limit)
-  local entries = redis.call('XRANGE', P .. 'preferred:' .. instance, '-', '+', 'COUNT', limit)
-  for _, entry in ipairs(entries) do
+  local queue, gone = 'preferred:' .. instance, 0
+  for _, entry in ipairs(redis.call('XRANGE', P .. queue, '-', '+', 'COUNT', limit)) do
+    local id
     for i = 1, #entry[2], 2 do
-      if entry[2][i] == 'id' then spill(entry[2][i + 1]) end
+      if entry[2][i] == 'id' then id = entry[2][i + 1] end
     end
+    local r = id and load(id)
+    local is_its_own = r and r.queue == queue and r.queue_entry == entry[1]
+    if is_its_own and r.state == 'queued' then
+      spill(id)
+    elseif not is_its_own then
+      remove_entry({queue = queue, queue_entry = entry[1]})
+    end
+    -- Others are with the instance, which finishes them or is reaped.
+    if not (is_its_own and r.state == 'prefill') then gone = gone + 1 end
   end
-  return #entries
+  return gone
 end
