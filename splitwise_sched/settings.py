@@ -30,50 +30,57 @@ class ExplicitSettings(BaseSettings):
 class SchedulerSettings(ExplicitSettings):
     """The control plane's settings, the same for front ends and instances."""
 
-    scheduler_name: Literal["splitwise"] = Field("splitwise", description="Scheduler to use; there is this one.")
+    scheduler_name: Literal["splitwise"] = Field(
+        default="splitwise", description="Scheduler to use; there is this one."
+    )
     scheduler_host: str | None = Field(
-        None,
+        default=None,
         description="Redis or Valkey host, or the path of its unix socket. Left out: this user's private server is "
         "found, or started.",
     )
-    scheduler_port: int = Field(6379, ge=1, le=65535, description="Port of the Redis or Valkey server.")
-    scheduler_db: int = Field(0, ge=0, le=1023, description="Redis database number.")
-    scheduler_username: str | None = Field(None, description="ACL user.")
-    scheduler_password: SecretStr | None = Field(None, description="Password of the server or ACL user.")
-    scheduler_topic: str = Field("default", description="Instances and front ends of one topic serve together.")
+    scheduler_port: int = Field(default=6379, ge=1, le=65535, description="Port of the Redis or Valkey server.")
+    scheduler_db: int = Field(default=0, ge=0, le=1023, description="Redis database number.")
+    scheduler_username: str | None = Field(default=None, description="ACL user.")
+    scheduler_password: SecretStr | None = Field(default=None, description="Password of the server or ACL user.")
+    scheduler_topic: str = Field(default="default", description="Instances and front ends of one topic serve together.")
     scheduler_ttl: float = Field(
-        900.0,
+        default=900.0,
         gt=0,
         le=86400,
         description="Seconds until a request expires; its record stays as long again.",
     )
     scheduler_max_size: int = Field(
-        10_000, ge=-1, description="Requests queued or in prefill, at most, before submit is refused; -1: no limit."
+        default=10_000,
+        ge=-1,
+        description="Requests queued or in prefill, at most, before submit is refused; -1: no limit.",
     )
     priority_classes: tuple[str, ...] = Field(
-        ("interactive:8", "default:4", "batch:1"),
+        default=("interactive:8", "default:4", "batch:1"),
         description="Classes of service and their weights, when prefill is short; the same for all of a topic.",
     )
     preferred_wait_ms: int = Field(
-        200,
+        default=200,
         ge=0,
         le=60_000,
         description="How long a request waits for an instance that it prefers.",
     )
     scheduler_max_attempts: int = Field(
-        5, ge=1, le=100, description="Times a request is started before it goes to the dead letter."
+        default=5, ge=1, le=100, description="Times a request is started before it goes to the dead letter."
     )
     num_reserved_decode_tokens: int = Field(
-        512,
+        default=512,
         ge=1,
         description="Output tokens for which decode KV is reserved at placement; more comes as it grows.",
     )
     instance_lease_s: float = Field(
-        3.0, ge=0.3, le=300, description="An instance that has not renewed its lease for so long is dead to the others."
+        default=3.0,
+        ge=0.3,
+        le=300,
+        description="An instance that has not renewed its lease for so long is dead to the others.",
     )
-    frontend_lease_s: float = Field(10.0, ge=1, le=600, description="The same for a front end.")
+    frontend_lease_s: float = Field(default=10.0, ge=1, le=600, description="The same for a front end.")
     redis_timeout_s: float = Field(
-        10.0, gt=0, le=300, description="How long a command is retried while Redis cannot be reached."
+        default=10.0, gt=0, le=300, description="How long a command is retried while Redis cannot be reached."
     )
 
     @field_validator("priority_classes")
