@@ -76,7 +76,8 @@ class Submitted:
     def to_store(self) -> dict[str, Any]:
         given = asdict(self.given)
         del given["prefer"]
-        times = {"timeout_ms": HOUR_MS, "retain_ms": HOUR_MS}
+        # Who came earlier has the earlier deadline, even within one millisecond.
+        times = {"timeout_ms": HOUR_MS + 1000 * int(self.given.nonce[1:]), "retain_ms": HOUR_MS}
         return {"frontend_id": given.pop("frontend"), "model": "toy", "flow": FLOW, **given, **times}
 
 
@@ -98,9 +99,9 @@ class Lab:
     knew stay in ``runs``, so that zombies act on them.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, short_queue: int) -> None:
         self.store = store
-        self.model = scripts_model.Topic(MAX_SIZE, MAX_ATTEMPTS)
+        self.model = scripts_model.Topic(MAX_SIZE, MAX_ATTEMPTS, short_queue)
         self.ids = {slot: f"{slot}-0" for slot in SLOTS}
         self.known: dict[str, Known] = {}
         self.runs: list[tuple[str, int, str]] = []

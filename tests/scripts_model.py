@@ -83,8 +83,9 @@ class Fenced(Exception):
 
 
 class Topic:
-    def __init__(self, max_size: int, max_attempts: int) -> None:
+    def __init__(self, max_size: int, max_attempts: int, short_queue: int) -> None:
         self.max_size = max_size
+        self.short_queue = short_queue
         self.max_attempts = max_attempts
         self.forget()
 
@@ -92,6 +93,7 @@ class Topic:
         """Redis loses everything."""
         self.requests: dict[str, Request] = {}
         self.entries: list[QueueEntry] = []
+        self.room: list[Request] = []
         self.groups: set[str] = set()
         self.instances: dict[str, Instance] = {}
         self.registered: set[str] = set()
@@ -126,6 +128,8 @@ class Topic:
     def _let_go(self, r: Request, source: str, why: str) -> None:
         if r.queue_entry is not None:
             self.entries.remove(r.queue_entry)
+        elif r in self.room:
+            self._leave_room(r)
         if r.state == "queued":
             r.waits_for_preferred = r.is_to_spill = False
         if r.inbox_entry is not None:
@@ -158,6 +162,7 @@ class Topic:
         if state == "failed":
             self.dead_letter.append((r.request_id, why, r.attempts))
         self._notify(r, r.epoch, "error" if state == "failed" else state, why)
+        self._feed_queue()
 
     def _in_queue(self, queue: str) -> list[QueueEntry]:
         return [e for e in self.entries if e.queue == queue]
@@ -176,6 +181,27 @@ class Topic:
                 self._enqueue(r, queue)
                 return
         self._enqueue(r)
+
+    def _admit(self, r: Request) -> None:
+        if not self.room and self._num_unclaimed() < self.short_queue:
+            self._place(r)
+        else:
+            self.room.append(r)
+            self.counters["waiting"] += 1
+            self._feed_queue()
+
+    def _leave_room(self, r: Request) -> None:
+        self.room.remove(r)
+        self.counters["waiting"] -= 1
+
+    def _num_unclaimed(self) -> int:
+        return sum(e.claimed_by is None for e in self._in_queue("queue"))
+
+    def _feed_queue(self) -> None:
+        """There is one tenant of one class, so that they come out by their deadlines: as they came in."""
+        for r in self.room[: max(0, self.short_queue - self._num_unclaimed())]:
+            self._leave_room(r)
+            self._place(r)
 
     def _spill(self, r: Request | None) -> None:
         if r is None:
@@ -211,13 +237,15 @@ class Topic:
         r = self.requests.get(request_id)
         if r is not None:
             return ("QUEUED", r.epoch) if r.given.nonce == given.nonce else ("DUPLICATE", r.state)
-        depth = len(self._in_queue("queue")) + sum(r.waits_for_preferred for r in self.requests.values())
+        depth = (
+            len(self._in_queue("queue")) + len(self.room) + sum(r.waits_for_preferred for r in self.requests.values())
+        )
         if depth >= self.max_size:
             self.counters["rejected"] += 1
             return "FULL", depth
         r = Request(request_id, given, body)
         self.requests[request_id] = r
-        self._place(r)
+        self._admit(r)
         self.counters["submitted"] += 1
         return "QUEUED", 1
 
@@ -376,6 +404,7 @@ class Topic:
                     full, verdict = True, "WAIT"
             answers.append((claim.request_id, verdict, decode, frontend))
         self._spill_due()
+        self._feed_queue()
         return answers
 
     def _assign(self, r: Request, prefill: str, decode: str, tokens: int) -> None:
@@ -489,6 +518,7 @@ class Topic:
                 for i, r in self.requests.items()
             },
             "queues": dict(self.queues()),
+            "room": [r.request_id for r in self.room],
             "preferred": {i for i, r in self.requests.items() if r.waits_for_preferred},
             "inboxes": {
                 name: [(e.request_id, e.epoch, e.prefill, e.frontend) for e in instance.inbox]

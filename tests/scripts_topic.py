@@ -63,7 +63,7 @@ async def snapshot(store: Store, names: list[str], frontends: list[str], request
 
     keys = [k.queue, *map(k.preferred, names)]
     (
-        queues, pending, registered, load, deadlines, preferred, dead, counters, records, bodies, leases, inboxes,
+        queues, pending, registered, load, deadlines, room, preferred, dead, counters, records, bodies, leases, inboxes,
         controls, outs,
     ) = await asyncio.gather(
         each(*(call("XRANGE", key, "-", "+") for key in keys)),
@@ -71,6 +71,7 @@ async def snapshot(store: Store, names: list[str], frontends: list[str], request
         call("SMEMBERS", k.instances),
         call("ZRANGE", k.decode_load, 0, -1, "WITHSCORES"),
         call("ZRANGE", k.deadlines, 0, -1),
+        call("ZRANGE", f"{k.prefix}waiting:default:-", 0, -1),
         call("ZRANGE", f"{k.prefix}preferred", 0, -1),
         call("XRANGE", k.dead_letter, "-", "+"),
         store.counters(),
@@ -111,6 +112,7 @@ async def snapshot(store: Store, names: list[str], frontends: list[str], request
     return {
         "requests": requests,
         "queues": {name: rows for name, rows in in_queues.items() if rows or name == "queue"},
+        "room": room,
         "preferred": set(preferred),
         "inboxes": {n: [_inbox_row(as_dict(f)) for _, f in rows] for n, rows in zip(names, inboxes, strict=True)},
         "controls": {n: _control_rows(rows) for n, rows in zip(names, controls, strict=True)},

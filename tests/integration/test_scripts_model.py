@@ -12,6 +12,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from splitwise_sched import connection
 from splitwise_sched.store import Store
 from tests.integration.toy import settings_for
 from tests.scripts_lab import MAX_ATTEMPTS, MAX_SIZE, Lab
@@ -69,8 +70,8 @@ OPERATIONS = st.sampled_from([0, 30, 30, 30]).flatmap(
 _topics = itertools.count()
 
 
-async def play(store: Store, operations: Sequence[tuple[Any, ...]]) -> Lab:
-    lab = Lab(store)
+async def play(store: Store, operations: Sequence[tuple[Any, ...]], short_queue: int = 64) -> Lab:
+    lab = Lab(store, short_queue)
     await lab.open()
     try:
         for operation in operations:
@@ -98,7 +99,7 @@ def loop_of(store: Store) -> Iterator[asyncio.AbstractEventLoop]:
         loop.close()
 
 
-def run_property(server: Any, num_examples: int, phases: Sequence[Phase]) -> None:
+def run_property(server: Any, num_examples: int, phases: Sequence[Phase], short_queue: int = 64) -> None:
     """Raises Parted with the shortest sequence found on which server and model part."""
     store = store_for(server)
     with loop_of(store) as loop:
@@ -110,10 +111,17 @@ def run_property(server: Any, num_examples: int, phases: Sequence[Phase]) -> Non
         )  # fmt: skip
         @given(OPERATIONS)
         def holds(operations: list[tuple[Any, ...]]) -> None:
-            loop.run_until_complete(play(store, operations))
+            loop.run_until_complete(play(store, operations, short_queue))
 
         holds()
 
 
-def test_every_sequence_of_operations_does_what_the_model_says(redis_server):
-    run_property(redis_server, NUM_EXAMPLES, (Phase.generate, Phase.shrink))
+def test_every_sequence_of_operations_does_what_the_model_says(redis_server, monkeypatch):
+    """With a queue so short that requests come into the waiting room."""
+    texts = {
+        name: text.replace("local SHORT_QUEUE = 64\n", "local SHORT_QUEUE = 2\n")
+        for name, text in connection._script_texts().items()
+    }
+    assert all("local SHORT_QUEUE = 2\n" in text for text in texts.values())
+    monkeypatch.setattr(connection, "_script_texts", lambda: texts)
+    run_property(redis_server, NUM_EXAMPLES, (Phase.generate, Phase.shrink), short_queue=2)
