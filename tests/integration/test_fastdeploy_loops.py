@@ -193,7 +193,9 @@ def test_engine_that_tells_nothing_of_a_request_loses_it_to_another(redis_server
         with node(redis_server, topic, "mixed", {}) as other:
             results = read_all(silent, ["r0"])["r0"]
             assert tokens_of(results) == toy_answer(taken[0].prompt_token_ids, 8)
-            assert [t.request_id for t in other.seen] == ["r0#2"]
+            # The silent one may have claimed the second run too, before the other was there.
+            assert [t.request_id.partition("#")[0] for t in other.seen] == ["r0"]
+            assert other.seen[0].request_id in ("r0#2", "r0#3")
             late = RequestOutput(taken[0].request_id, results[0].outputs, finished=True)
             silent.put_results([late])
             assert silent.get_results() == {}
