@@ -173,7 +173,7 @@ async def test_request_of_an_instance_that_vanishes_goes_on_elsewhere(redis_serv
             async with ToyInstance(settings, Role.MIXED, "m0"):
                 assert await asyncio.gather(*readers) == [toy_answer(r) for r in requests]
             record = await frontend.request_record("r0")
-            assert int(record["epoch"]) > 1 and record["attempts"] == "2" and old_id in record["history"]
+            assert int(record["epoch"]) > 1 and int(record["attempts"]) >= 2 and old_id in record["history"]
 
 
 async def test_instance_that_outlived_its_lease_drops_its_work_and_comes_back_under_a_new_id(redis_server, topic):
