@@ -17,8 +17,9 @@ from splitwise_sched.errors import (
     StoreUnavailable,
     StoreUnsuitable,
 )
-from splitwise_sched.frontend import FrontEnd, OutputStream
+from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.instance import InstanceSession
+from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.records import (
     DecodeAssigned,
     Dropped,

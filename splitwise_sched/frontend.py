@@ -12,10 +12,9 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
-from splitwise_sched.assembly import Assembly
 from splitwise_sched.codec import encode_request
 from splitwise_sched.errors import (
     DeadlineUnreachable,
@@ -26,6 +25,7 @@ from splitwise_sched.errors import (
     SplitwiseError,
     StoreUnavailable,
 )
+from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.outputs import Lost, decode_outputs
 from splitwise_sched.records import InstanceRecord
 from splitwise_sched.settings import SchedulerSettings
@@ -44,66 +44,6 @@ DOUBTS = 2
 SPILL_BATCH = 100
 INSTANCES_CACHE_S = 0.5
 PAUSE_AFTER_FAILURE_S = 0.2
-BAD_ENDS = {FinishReason.ERROR: "failed", FinishReason.EXPIRED: "expired"}
-
-
-class OutputStream(AsyncIterator[Output]):
-    """Outputs of one request: in order, no token twice; the last has a ``finish_reason``.
-
-    Raises RequestFailed, once, when the request ended without its answer. ``aclose`` cancels what has not ended.
-    """
-
-    def __init__(self, frontend: FrontEnd, request: Request, nonce: str, deadline: float) -> None:
-        self.request_id = request.request_id
-        self.request = request
-        self.nonce = nonce
-        self.deadline = deadline
-        self.submitted_at = time.monotonic()
-        self.assembly = Assembly(token_ids=request.emitted_token_ids)
-        self.attempts = 0
-        self.doubts = 0
-        self.recovery: asyncio.Task[None] | None = None
-        self._frontend = frontend
-        self._outputs: deque[Output | SplitwiseError] = deque()
-        self._arrival: asyncio.Future[None] | None = None
-        self._over = False
-
-    def __aiter__(self) -> OutputStream:
-        return self
-
-    async def __anext__(self) -> Output:
-        if self._over:
-            raise StopAsyncIteration
-        while not self._outputs:
-            assert self._arrival is None, "one task at a time reads an OutputStream"
-            self._arrival = asyncio.get_running_loop().create_future()
-            try:
-                await self._arrival
-            finally:
-                self._arrival = None
-        item = self._outputs.popleft()
-        if isinstance(item, SplitwiseError):
-            self._over = True
-            raise item
-        if item.finish_reason is not None:
-            self._over = True
-            if item.finish_reason in BAD_ENDS:
-                reason = BAD_ENDS[item.finish_reason]
-                raise RequestFailed(self.request_id, reason, item.detail or "no reason was given", extra=item.extra)
-        return item
-
-    async def aclose(self) -> None:
-        """Cancel the request when it has not ended; nothing more comes out. Idempotent."""
-        if not self._over:
-            self._over = True
-            if not self.assembly.ended:
-                await self._frontend.cancel(self.request_id, "its user went away")
-
-    def put(self, item: Output | SplitwiseError) -> None:
-        """For the front end's reader."""
-        self._outputs.append(item)
-        if self._arrival is not None and not self._arrival.done():
-            self._arrival.set_result(None)
 
 
 class FrontEnd:
@@ -195,7 +135,7 @@ class FrontEnd:
         flow, preference = self._flow(request), await self._preference(request)
         body = encode_request(request)
         nonce = secrets.token_hex(8)
-        stream = OutputStream(self, request, nonce, time.monotonic() + timeout_s)
+        stream = OutputStream(request, nonce, time.monotonic() + timeout_s, self.cancel)
         # Known before Redis knows it: an output may overtake the reply.
         self._streams[request.request_id] = stream
         try:

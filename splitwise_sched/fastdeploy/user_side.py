@@ -11,7 +11,8 @@ from typing import Any
 
 from splitwise_sched.errors import RequestFailed, SplitwiseError, StoreUnavailable
 from splitwise_sched.fastdeploy.messages import error_dict, result_dict
-from splitwise_sched.frontend import FrontEnd, OutputStream
+from splitwise_sched.frontend import FrontEnd
+from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.types import Request
 

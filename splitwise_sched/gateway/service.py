@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator
 
 from splitwise_sched.errors import SplitwiseError
-from splitwise_sched.frontend import FrontEnd, OutputStream
+from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.gateway.answer_text import AnswerText, Piece
 from splitwise_sched.gateway.answers import AnswerShape, ChatShape, CompletionShape, usage_of
 from splitwise_sched.gateway.calls import Call, ChatCall, CompletionCall
@@ -15,6 +15,7 @@ from splitwise_sched.gateway.errors import ApiError, unavailable
 from splitwise_sched.gateway.metrics import RequestTimer
 from splitwise_sched.gateway.models import ServedModel, ServedModels
 from splitwise_sched.gateway.settings import GatewaySettings
+from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.types import FinishReason, Request
 
 logger = logging.getLogger(__name__)

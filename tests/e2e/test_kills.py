@@ -13,7 +13,8 @@ pytest.importorskip("transformers")
 
 from engine.demo.fleet import Fleet
 from engine.testing import make_tiny_model
-from splitwise_sched.frontend import FrontEnd, OutputStream
+from splitwise_sched.frontend import FrontEnd
+from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.types import Request, SamplingParams
 from tests.e2e.reference import generate
 from tests.engine_drivers import random_prompt

@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from splitwise_sched.errors import DuplicateRequest, IncompatibleInstance, QueueFull, RequestFailed
-from splitwise_sched.frontend import FrontEnd, OutputStream
+from splitwise_sched.frontend import FrontEnd
+from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.records import DecodeAssigned, Dropped, LeaseLost, PrefillAssigned
 from splitwise_sched.types import FinishReason, Request, Role, SamplingParams
 from tests.integration.toy import ToyInstance, settings_for, toy_answer, until
