@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
 READY = "ready"
-ANSWER_TIMEOUT_S = 300.0
+ANSWER_TIMEOUT_S = 60.0
 
 _context = multiprocessing.get_context("forkserver")
 

@@ -20,7 +20,7 @@ from splitwise_sched.types import FinishReason, Output, Request, Role, SamplingP
 ROOM = 64
 ALIVE_PERIOD_S = 0.5
 # Steps whose outputs may be on their way; an engine computes on meanwhile.
-STEPS_UNDER_WAY = 8
+STEPS_UNDER_WAY = 32
 
 
 def settings_at(address: Address) -> SchedulerSettings:
@@ -94,8 +94,10 @@ class ZeroWorkInstance:
                     del self._running[(request_id, epoch)]
             self.session.publish(outputs)
             steps += 1
-            if steps % STEPS_UNDER_WAY == 0:
-                await self.session.store.drain()
+            if steps % STEPS_UNDER_WAY:
+                await asyncio.sleep(0)
+            else:
+                await self.session.store.settle()
         self._stepping = None
 
     async def keep_alive(self) -> None:
