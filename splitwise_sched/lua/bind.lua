@@ -11,30 +11,40 @@ local role = redis.call('HGET', KEYS[1], 'role')
 if not role then return redis.error_reply('FENCED the lease of ' .. me .. ' has lapsed') end
 local now = now_ms()
 
+-- decode instances by id, as they are while this script runs: read once, written back at its end; false without a lease
+local known = {}
+
+local function decode_of(instance)
+  if known[instance] == nil then
+    local v = redis.call('HMGET', P .. 'instance:' .. instance, 'capacity_tokens', 'reserved_tokens', 'block_size',
+                         'reserved_requests', 'capacity_requests')
+    known[instance] = v[1] and {capacity = tonumber(v[1]), reserved = tonumber(v[2]), block = tonumber(v[3]),
+                                requests = tonumber(v[4]), max_requests = tonumber(v[5])} or false
+  end
+  return known[instance]
+end
+
 -- tokens to reserve on an instance when it has room, nil when not; second: whether it could never hold the input
-local function fits(instance, wanted, input)
-  local v = redis.call('HMGET', P .. 'instance:' .. instance, 'capacity_tokens', 'reserved_tokens', 'block_size',
-                       'reserved_requests', 'capacity_requests')
-  if not v[1] then return nil, true end
-  local capacity, block = tonumber(v[1]), tonumber(v[3])
-  if input + 1 > capacity then return nil, true end
-  local tokens = math.min(math.ceil(wanted / block) * block, capacity)
-  if tonumber(v[2]) + tokens > capacity or tonumber(v[4]) >= tonumber(v[5]) then return nil, false end
+local function fits(d, wanted, input)
+  if not d or input + 1 > d.capacity then return nil, true end
+  local tokens = math.min(math.ceil(wanted / d.block) * d.block, d.capacity)
+  if d.reserved + tokens > d.capacity or d.requests >= d.max_requests then return nil, false end
   return tokens, false
 end
 
 local function pick(wanted, input)
   if role == 'mixed' and redis.call('ZSCORE', KEYS[3], me) then
-    local tokens = fits(me, wanted, input)
+    local tokens = fits(decode_of(me), wanted, input)
     if tokens then return me, tokens, false end
   end
   local offset, never, seen = 0, true, false
   while true do
     local page = redis.call('ZRANGE', KEYS[3], offset, offset + 15)
     for _, candidate in ipairs(page) do
-      if redis.call('EXISTS', P .. 'instance:' .. candidate) == 1 then
+      local d = decode_of(candidate)
+      if d then
         seen = true
-        local tokens, too_small = fits(candidate, wanted, input)
+        local tokens, too_small = fits(d, wanted, input)
         if tokens then return candidate, tokens, false end
         never = never and too_small
       else
@@ -48,7 +58,14 @@ local function pick(wanted, input)
   return nil, nil, seen and never
 end
 
+local readers = {}
+local function has_reader(frontend)
+  if readers[frontend] == nil then readers[frontend] = redis.call('EXISTS', P .. 'out:' .. frontend) == 1 end
+  return readers[frontend]
+end
+
 local result, full = {}, false
+local num_bound, tokens_by_class, all_tokens = 0, {}, 0
 for i = 4, #ARGV, 4 do
   local queue, entry, id, epoch = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
   local r = load(id)
@@ -62,7 +79,7 @@ for i = 4, #ARGV, 4 do
   elseif tonumber(r.deadline_ms) <= now then
     terminate(id, r, 'expired', 'its time was over before an instance had room for it', RETAIN)
     result[#result + 1] = {id, 'STALE', '', ''}
-  elseif redis.call('EXISTS', P .. 'out:' .. r.frontend) == 0 then
+  elseif not has_reader(r.frontend) then
     -- Nobody would read its answer. A front end that only slept puts it back; else it expires.
     lose(id, r, me, 'its front end is gone')
     result[#result + 1] = {id, 'STALE', '', ''}
@@ -71,16 +88,16 @@ for i = 4, #ARGV, 4 do
   else
     local decode, tokens, never = pick(tonumber(r.kv_tokens), tonumber(r.input_tokens))
     if decode then
-      reserve(decode, tokens, 1)
+      local d = known[decode]
+      d.reserved, d.requests, d.changed = d.reserved + tokens, d.requests + 1, true
+      set_load(decode, d.reserved, d.capacity)
       local inbox_entry = redis.call('XADD', P .. 'inbox:' .. decode, '*', 'id', id, 'epoch', epoch, 'prefill', me,
                                        'frontend', r.frontend)
       redis.call('HSET', P .. 'request:' .. id, 'state', 'prefill', 'prefill', me, 'decode', decode,
-                 'inbox_entry', inbox_entry, 'kv_reserved', tokens, 'claimed_ms', now)
-      redis.call('HINCRBY', P .. 'request:' .. id, 'attempts', 1)
-      count('bound')
+                 'inbox_entry', inbox_entry, 'kv_reserved', tokens, 'claimed_ms', now, 'attempts', (r.attempts or 0) + 1)
       forget_preference(id, r)
-      owe(r.class, nil, -tonumber(r.input_tokens))
-      took(tonumber(r.input_tokens), now)
+      num_bound, all_tokens = num_bound + 1, all_tokens + r.input_tokens
+      tokens_by_class[r.class] = (tokens_by_class[r.class] or 0) + r.input_tokens
       result[#result + 1] = {id, 'BOUND', decode, r.frontend}
     elseif never then
       terminate(id, r, 'failed', 'no decode instance has a KV pool that holds its ' .. r.input_tokens .. ' input tokens',
@@ -91,6 +108,14 @@ for i = 4, #ARGV, 4 do
       result[#result + 1] = {id, 'WAIT', '', ''}
     end
   end
+end
+for instance, d in pairs(known) do
+  if d and d.changed then set_reserved(instance, d.reserved, d.requests) end
+end
+if num_bound > 0 then
+  count('bound', num_bound)
+  for class, tokens in pairs(tokens_by_class) do owe(class, nil, -tokens) end
+  took(all_tokens, now)
 end
 spill_due(16)
 feed_queue()

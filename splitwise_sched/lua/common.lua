@@ -18,12 +18,13 @@ local function now_ms()
   return t[1] * 1000 + math.floor(t[2] / 1000)
 end
 
--- the request's record as a table, or nil
-local function load(id)
-  local values = redis.call('HMGET', P .. 'request:' .. id, unpack(FIELDS))
+-- the request's record as a table, or nil; `fields` when not all are of use: "state" first
+local function load(id, fields)
+  fields = fields or FIELDS
+  local values = redis.call('HMGET', P .. 'request:' .. id, unpack(fields))
   if not values[1] then return nil end
   local r = {}
-  for i, name in ipairs(FIELDS) do r[name] = values[i] or nil end
+  for i = 1, #fields do r[fields[i]] = values[i] or nil end
   return r
 end
 
@@ -41,18 +42,20 @@ local function count(what, n)
   redis.call('HINCRBY', P .. 'counters', what, n or 1)
 end
 
+local function set_reserved(instance, tokens, requests)
+  redis.call('HSET', P .. 'instance:' .. instance, 'reserved_tokens', tokens, 'reserved_requests', requests)
+end
+
 local function set_load(instance, reserved, capacity)
   redis.call('ZADD', P .. 'decode-load', 'XX', string.format('%.6f', reserved / capacity), instance)
 end
 
 -- take `tokens` of KV on a live decode instance for one request (negative: give them back)
 local function reserve(instance, tokens, requests)
-  local key = P .. 'instance:' .. instance
-  local capacity = redis.call('HGET', key, 'capacity_tokens')
-  if not capacity then return end
-  local reserved = redis.call('HINCRBY', key, 'reserved_tokens', tokens)
-  redis.call('HINCRBY', key, 'reserved_requests', requests)
-  set_load(instance, reserved, tonumber(capacity))
+  local v = redis.call('HMGET', P .. 'instance:' .. instance, 'capacity_tokens', 'reserved_tokens', 'reserved_requests')
+  if not v[1] then return end
+  set_reserved(instance, v[2] + tokens, v[3] + requests)
+  set_load(instance, v[2] + tokens, tonumber(v[1]))
 end
 
 -- tell an instance to forget a run; one that is gone has no control stream and is not given a new one

@@ -4,7 +4,9 @@
 --   ARGV[6]  ms of retention [7] reason     [8...] fields and values to note in the record
 --   returns  1, also when it was done before | 0: this run is over, drop it
 
-local id, r = ARGV[2], load(ARGV[2])
+-- What else a record holds is of use only while its request is queued.
+local id, r = ARGV[2], load(ARGV[2], {'state', 'epoch', 'frontend', 'queue', 'queue_entry', 'prefill', 'decode',
+                                      'inbox_entry', 'kv_reserved'})
 if not r or r.epoch ~= ARGV[3] then return 0 end
 if r.state == 'done' then return 1 end
 if not is_with(ARGV[4], r) then return 0 end

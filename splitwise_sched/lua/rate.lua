@@ -8,8 +8,8 @@ local RATE_LASTS_S = 600
 local BACKLOG, RATE = P .. 'backlog', P .. 'prefill-rate'
 
 owe = function(class, weight, tokens)
-  redis.call('HINCRBY', BACKLOG, 'owed:' .. class, tokens)
-  if weight then redis.call('HSET', BACKLOG, 'weight:' .. class, weight) end
+  local owed = redis.call('HINCRBY', BACKLOG, 'owed:' .. class, tokens)
+  if weight and owed == tokens then redis.call('HSET', BACKLOG, 'weight:' .. class, weight) end
 end
 
 -- tokens were bound; only windows in which somebody waited all the time say how fast prefill can be
