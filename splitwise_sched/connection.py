@@ -282,7 +282,7 @@ class BlockingReader:
             raise
         except _RETRYABLE as exc:
             self._link.close()
-            raise StoreUnavailable(f"Redis does not answer: {exc!r}") from exc
+            raise StoreUnavailable(f"Redis does not answer: {exc}") from exc
         if isinstance(reply, ReplyError):
             if reply.code == "NOGROUP":
                 raise Fenced(f"the queue is gone from Redis: {reply}") from reply
