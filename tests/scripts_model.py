@@ -321,10 +321,15 @@ class Topic:
         return True
 
     def _spill_all(self, name: str, limit: int) -> int:
-        waiting = self._in_queue(f"preferred:{name}")[:limit]
-        for entry in waiting:
-            self._spill(self.requests.get(entry.request_id))
-        return len(waiting)
+        """What was bound from there stays: its instance finishes it, or is reaped."""
+        gone = 0
+        for entry in self._in_queue(f"preferred:{name}")[:limit]:
+            r = self.requests.get(entry.request_id)
+            if r is None or r.queue_entry is not entry:
+                self.entries.remove(entry)
+            self._spill(r if r is not None and r.queue_entry is entry else None)
+            gone += entry not in self.entries
+        return gone
 
     def lapse(self, name: str) -> None:
         """The lease is over."""
