@@ -284,6 +284,8 @@ class FrontEnd:
             return
         try:
             await self._renew()
+            if stream.assembly.ended:
+                return
             verdict, *detail = await self.store.resubmit(
                 request.request_id,
                 encode_request(request),
@@ -305,6 +307,10 @@ class FrontEnd:
         if verdict == "QUEUED":
             stream.attempts += 1
             stream.assembly.raise_epoch(int(detail[0]))
+            if stream.assembly.ended:
+                # Its user cancelled it meanwhile, when Redis did not know it.
+                with contextlib.suppress(StoreUnavailable):
+                    await self.store.cancel(stream.request_id, "it was cancelled before", self._retain_ms)
         elif verdict == "FAILED":
             await self._end(stream, FinishReason.ERROR, str(detail[0]))
         elif verdict == "ENDED":

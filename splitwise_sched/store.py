@@ -11,6 +11,13 @@ from splitwise_sched.errors import CommandRefused
 from splitwise_sched.keys import PREFILL_GROUP
 from splitwise_sched.records import Bound, Claim, InstanceRecord, Registration
 
+RECORD_FIELDS = frozenset(
+    (
+        "state", "epoch", "attempts", "frontend", "nonce", "model", "input_tokens", "kv_tokens", "class", "weight",
+        "tenant", "prefer", "prefer_ms", "created_ms", "deadline_ms", "queue", "queue_entry", "prefill", "decode",
+        "inbox_entry", "kv_reserved", "claimed_ms", "decoding_ms", "finished_ms", "reason", "history",
+    )
+)  # fmt: skip
 OUT_MAXLEN = 200_000
 OnReply = Callable[[Any], None]
 HELLO = "#hello"  # a field that is no request id: it only makes the stream exist
@@ -229,7 +236,7 @@ class Store(Connection):
     ) -> None:
         """See step.lua; ``on_reply`` gets 1, 0 or an exception."""
         keys = (self.keys.request(request_id), self.keys.queue)
-        self.tell_script("step", keys, request_id, epoch, instance_id, *_flat(notes), on_reply=on_reply)
+        self.tell_script("step", keys, request_id, epoch, instance_id, *_notes(notes), on_reply=on_reply)
 
     def finish(
         self,
@@ -246,7 +253,7 @@ class Store(Connection):
         """See finish.lua; ``on_reply`` gets 1, 0 or an exception."""
         k = self.keys
         keys = (k.request(request_id), k.queue, k.deadlines, k.counters, k.body(request_id))
-        args = (request_id, epoch, instance_id, output, retain_ms, reason, *_flat(notes))
+        args = (request_id, epoch, instance_id, output, retain_ms, reason, *_notes(notes))
         self.tell_script("finish", keys, *args, on_reply=on_reply)
 
     def give_back(
@@ -271,3 +278,8 @@ class Store(Connection):
 
 def _flat(fields: Mapping[str, Any]) -> list[Any]:
     return [x for pair in fields.items() for x in pair]
+
+
+def _notes(notes: Mapping[str, Any]) -> list[Any]:
+    """What an instance wants to see in a record; fields that the scripts go by are not its to set."""
+    return _flat({name: value for name, value in notes.items() if name not in RECORD_FIELDS})

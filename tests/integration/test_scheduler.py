@@ -311,3 +311,17 @@ async def test_instance_changes_its_role_after_it_has_finished_what_it_holds(red
         later = await frontend.submit(request_of("later"))
         assert await tokens_of(later) == toy_answer(later.request)
         assert (await frontend.request_record("later"))["prefill"] == other.session.instance_id
+
+
+async def test_what_an_instance_notes_cannot_touch_what_the_scripts_go_by(redis_server, topic):
+    settings = settings_for(redis_server, topic)
+    async with ToyInstance(settings, Role.MIXED, "m0") as mixed, FrontEnd(settings) as frontend:
+        mixed.gate.clear()
+        stream = await frontend.submit(request_of("r0"))
+        assigned = (await mixed.wait_for(PrefillAssigned))[0]
+        mixed.session.step("r0", assigned.epoch, {"epoch": 99, "state": "done", "lane": "shm"})
+        await mixed.session.store.settle()
+        record = await frontend.request_record("r0")
+        assert (record["epoch"], record["state"], record["lane"]) == ("1", "decode", "shm")
+        mixed.gate.set()
+        assert await tokens_of(stream) == toy_answer(stream.request)
