@@ -316,12 +316,13 @@ async def test_instance_changes_its_role_after_it_has_finished_what_it_holds(red
 async def test_what_an_instance_notes_cannot_touch_what_the_scripts_go_by(redis_server, topic):
     settings = settings_for(redis_server, topic)
     async with ToyInstance(settings, Role.MIXED, "m0") as mixed, FrontEnd(settings) as frontend:
-        mixed.gate.clear()
+        mixed.hold_prefill = True
         stream = await frontend.submit(request_of("r0"))
         assigned = (await mixed.wait_for(PrefillAssigned))[0]
         mixed.session.step("r0", assigned.epoch, {"epoch": 99, "state": "done", "lane": "shm"})
         await mixed.session.store.settle()
         record = await frontend.request_record("r0")
         assert (record["epoch"], record["state"], record["lane"]) == ("1", "decode", "shm")
-        mixed.gate.set()
+        mixed.hold_prefill = False
+        mixed.session.give_back("r0", assigned.epoch, "another try", retry=True)
         assert await tokens_of(stream) == toy_answer(stream.request)
