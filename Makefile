@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check --quiet
-benchmarks := $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py))
+benchmarks := $(filter-out common,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
 .PHONY: demo test lint check bench wheel build clean
 .DELETE_ON_ERROR:
@@ -35,7 +35,7 @@ lint: $(VENV)/.dev-installed
 check: lint test
 
 bench: $(VENV)/.dev-installed
-	set -e; for script in $(benchmarks); do echo "== $$script"; $(bin)/python $$script --quick; done
+	set -e; for name in $(benchmarks); do echo "== $$name"; $(bin)/python -m benchmarks.$$name --quick; done
 
 wheel build: $(VENV)/.dev-installed
 	$(bin)/python -m build --outdir dist .
