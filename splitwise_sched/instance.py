@@ -39,6 +39,7 @@ BLOCK_MS = 2000
 MAX_CLAIM = 64
 MAX_HELD = 100_000
 HELD_POLL_S = 0.02
+INBOX_COUNT = 64  # the bodies of so many are in memory at once
 INBOX_FIELDS = {"id", "epoch", "prefill", "frontend"}
 BIND_RETRY_S = 0.01
 PAUSE_AFTER_FAILURE_S = 0.2
@@ -362,7 +363,7 @@ class InstanceSession:
         positions = {inbox: "0-0", control: "0-0"}
         while True:
             try:
-                entries = await reader.read(positions, BLOCK_MS, 256)
+                entries = await reader.read(positions, BLOCK_MS, INBOX_COUNT)
                 # An inbox entry is seen before the word to drop it.
                 await self._take_in([as_dict(fields) for key, _, fields in entries if key == inbox])
                 for key, entry_id, flat in entries:
@@ -380,17 +381,18 @@ class InstanceSession:
         mine = [e for e in mine if e["prefill"] != self.instance_id]
         if not mine:
             return
+        # All that may fail comes first: what was emitted once is not read again.
         bodies = await self.store.bodies([e["id"] for e in mine])
-        for entry, body in zip(mine, bodies, strict=True):
-            request_id, prefill, epoch = entry["id"], entry["prefill"], int(entry["epoch"])
-            prefill_fields = self._peers.get(prefill) or await self._fields_of(prefill)
+        peers = [self._peers.get(e["prefill"]) or await self._fields_of(e["prefill"]) for e in mine]
+        for entry, body, prefill_fields in zip(mine, bodies, peers, strict=True):
             if not prefill_fields:
                 # Its lease has lapsed; whoever reaps it takes this run back.
                 continue
+            request_id, epoch = entry["id"], int(entry["epoch"])
             self._frontends[(request_id, epoch)] = entry["frontend"]
             request = self._open(request_id, epoch, body)
             if request is not None:
-                self._emit(DecodeAssigned(request, epoch, prefill, prefill_fields))
+                self._emit(DecodeAssigned(request, epoch, entry["prefill"], prefill_fields))
 
     async def _fields_of(self, instance_id: str) -> Mapping[str, str]:
         """Lease record of another instance, {} when it lapsed; what does not change in it may be some time old."""

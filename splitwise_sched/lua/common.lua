@@ -1,5 +1,5 @@
 -- common: what several scripts do to a request. This text, preferred.lua, waiting_room.lua and rate.lua
--- stand in front of every script.
+-- stand in front of every script; this alone where connection.py says so.
 --   ARGV[1]  key prefix of the shard, "pd:{topic:shard}:"
 -- Keys that depend on what a record says (who holds the request) are built from the prefix: the hash tag in it keeps
 -- them in the slot of the declared ones, and an ACL's key pattern applies to them all the same.
@@ -98,7 +98,7 @@ end
 
 -- a front end that is gone has no stream and is not given a new one
 local function notify(frontend, id, value)
-  redis.call('XADD', P .. 'out:' .. frontend, 'NOMKSTREAM', 'MAXLEN', '~', 200000, '*', id, value)
+  redis.call('XADD', P .. 'out:' .. frontend, 'NOMKSTREAM', 'MAXLEN', '~', '200000', '*', id, value)
 end
 
 -- a reason as it is kept and told: what an instance or a user says may be of any length

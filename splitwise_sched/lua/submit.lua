@@ -17,7 +17,8 @@ if seen[1] then
 end
 local waiting = tonumber(redis.call('HGET', KEYS[4], 'waiting') or 0)
 local limit = tonumber(ARGV[5])
-local depth = redis.call('XLEN', KEYS[2]) + waiting + redis.call('ZCARD', P .. 'preferred')
+local length = redis.call('XLEN', KEYS[2])
+local depth = length + waiting + redis.call('ZCARD', P .. 'preferred')
 if limit >= 0 and depth >= limit then
   redis.call('UNLINK', KEYS[5])
   count('rejected')
@@ -38,7 +39,7 @@ if ARGV[14] ~= '' then redis.call('HSET', KEYS[1], 'prefer', ARGV[14], 'prefer_m
 redis.call('PEXPIRE', KEYS[1], timeout + retain)
 redis.call('ZADD', KEYS[3], now + timeout, id)
 admit(id, {epoch = 1, input_tokens = ARGV[8], model = ARGV[10], class = ARGV[11], tenant = ARGV[13],
-           deadline_ms = now + timeout, prefer = ARGV[14] ~= '' and ARGV[14] or nil})
+           deadline_ms = now + timeout, prefer = ARGV[14] ~= '' and ARGV[14] or nil}, length)
 owe(ARGV[11], ARGV[12], tonumber(ARGV[8]))
 count('submitted')
 return {'QUEUED', 1}

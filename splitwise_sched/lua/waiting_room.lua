@@ -14,9 +14,9 @@
 
 local SHORT_QUEUE = 64
 
-local function unclaimed()
+local function unclaimed(length)
   local pending = redis.pcall('XPENDING', P .. 'queue', 'prefill')
-  return redis.call('XLEN', P .. 'queue') - (pending.err and 0 or pending[1])
+  return (length or redis.call('XLEN', P .. 'queue')) - (pending.err and 0 or pending[1])
 end
 
 local function activate(key, ring, flow)
@@ -84,9 +84,9 @@ feed_queue = function()
   end
 end
 
--- a new request goes into the stream when nobody waits and it is short; else into the room
-local function admit(id, r)
-  if redis.call('EXISTS', P .. 'waiting') == 0 and unclaimed() < SHORT_QUEUE then
+-- a new request goes into the stream, which has `length` entries, when nobody waits and it is short; else into the room
+local function admit(id, r, length)
+  if redis.call('EXISTS', P .. 'waiting') == 0 and unclaimed(length) < SHORT_QUEUE then
     place(id, r)
   else
     enter_room(id, r)

@@ -122,6 +122,7 @@ def test_every_sequence_of_operations_does_what_the_model_says(redis_server, mon
         name: text.replace("local SHORT_QUEUE = 64\n", "local SHORT_QUEUE = 2\n")
         for name, text in connection._script_texts().items()
     }
-    assert all("local SHORT_QUEUE = 2\n" in text for text in texts.values())
+    assert "local SHORT_QUEUE = 2\n" in texts["submit"]
+    assert not any("local SHORT_QUEUE = 64" in text for text in texts.values())
     monkeypatch.setattr(connection, "_script_texts", lambda: texts)
     run_property(redis_server, NUM_EXAMPLES, (Phase.generate, Phase.shrink), short_queue=2)
