@@ -39,6 +39,7 @@ BLOCK_MS = 2000
 MAX_CLAIM = 64
 MAX_HELD = 100_000
 HELD_POLL_S = 0.02
+MAX_DROPPED_EARLY = 10_000
 INBOX_COUNT = 64  # the bodies of so many are in memory at once
 INBOX_FIELDS = {"id", "epoch", "prefill", "frontend"}
 BIND_RETRY_S = 0.01
@@ -72,6 +73,7 @@ class InstanceSession:
         self._load: dict[str, int | float | str] = {}
         self._alive_at = 0.0
         self._frontends: dict[tuple[str, int], str] = {}
+        self._dropped_early: dict[tuple[str, int], None] = {}
         self._peers: dict[str, Mapping[str, str]] = {}
         self._is_draining = False
         self._binding = asyncio.Lock()
@@ -126,6 +128,7 @@ class InstanceSession:
         self.instance_id = instance_id
         self._lost = asyncio.get_running_loop().create_future()
         self._frontends.clear()
+        self._dropped_early.clear()
         self._tasks = [asyncio.create_task(self._keep_lease()), asyncio.create_task(self._read_inbox())]
         if self._is_draining:
             await self.store.drain(instance_id)
@@ -289,6 +292,18 @@ class InstanceSession:
     def _drop(self, request_id: str, epoch: int, reason: str) -> None:
         if self._frontends.pop((request_id, epoch), None) is not None:
             self._emit(Dropped(request_id, epoch, reason))
+            return
+        self._dropped_early[(request_id, epoch)] = None
+        if len(self._dropped_early) > MAX_DROPPED_EARLY:
+            del self._dropped_early[next(iter(self._dropped_early))]
+
+    def _hold(self, request_id: str, epoch: int, frontend_id: str) -> bool:
+        """A run was assigned here. False: the word to drop it came on another connection, before it."""
+        if (request_id, epoch) in self._dropped_early:
+            del self._dropped_early[(request_id, epoch)]
+            return False
+        self._frontends[(request_id, epoch)] = frontend_id
+        return True
 
     # ---- tasks ---------------------------------------------------------------------------------------------------
 
@@ -340,11 +355,12 @@ class InstanceSession:
         answers = await self.store.bind(self.instance_id, claims, self._retain_ms)
         by_id = {claim.request_id: (claim, body) for claim, body in zip(claims, await bodies, strict=True)}
         waiting = [by_id[a.request_id][0] for a in answers if a.verdict == "WAIT"]
-        bound = [a for a in answers if a.verdict == "BOUND"]
+        bound = [a for a in answers if a.verdict == "BOUND" and self._hold(*by_id[a.request_id][0].run, a.frontend_id)]
         peers = [self._peers.get(a.decode_instance) or await self._fields_of(a.decode_instance) for a in bound]
         for answer, decode_fields in zip(bound, peers, strict=True):
             claim, body = by_id[answer.request_id]
-            self._frontends[(claim.request_id, claim.epoch)] = answer.frontend_id
+            if claim.run not in self._frontends:
+                continue  # it was dropped meanwhile
             request = self._open(claim.request_id, claim.epoch, body)
             if request is not None:
                 self._room -= 1
@@ -385,11 +401,10 @@ class InstanceSession:
         bodies = await self.store.bodies([e["id"] for e in mine])
         peers = [self._peers.get(e["prefill"]) or await self._fields_of(e["prefill"]) for e in mine]
         for entry, body, prefill_fields in zip(mine, bodies, peers, strict=True):
-            if not prefill_fields:
-                # Its lease has lapsed; whoever reaps it takes this run back.
-                continue
             request_id, epoch = entry["id"], int(entry["epoch"])
-            self._frontends[(request_id, epoch)] = entry["frontend"]
+            # Without its record, its lease has lapsed; whoever reaps it takes this run back.
+            if not prefill_fields or not self._hold(request_id, epoch, entry["frontend"]):
+                continue
             request = self._open(request_id, epoch, body)
             if request is not None:
                 self._emit(DecodeAssigned(request, epoch, entry["prefill"], prefill_fields))

@@ -78,6 +78,10 @@ class Claim:
     request_id: str
     epoch: int
 
+    @property
+    def run(self) -> tuple[str, int]:
+        return self.request_id, self.epoch
+
 
 @dataclass(frozen=True, slots=True)
 class Bound:
