@@ -37,9 +37,10 @@ local function pick(wanted, input)
     local tokens = fits(decode_of(me), wanted, input)
     if tokens then return me, tokens, false end
   end
-  local offset, never, seen = 0, true, false
+  -- Nearly always the first has room.
+  local offset, size, never, seen = 0, 1, true, false
   while true do
-    local page = redis.call('ZRANGE', KEYS[3], offset, offset + 15)
+    local page = redis.call('ZRANGE', KEYS[3], offset, offset + size - 1)
     for _, candidate in ipairs(page) do
       local d = decode_of(candidate)
       if d then
@@ -52,8 +53,8 @@ local function pick(wanted, input)
         offset = offset - 1
       end
     end
-    if #page < 16 then break end
-    offset = offset + 16
+    if #page < size then break end
+    offset, size = offset + size, 16
   end
   return nil, nil, seen and never
 end

@@ -14,9 +14,16 @@
 
 local SHORT_QUEUE = 64
 
+-- queue entries that no instance has claimed; XPENDING would tell it too, but goes through all consumers
 local function unclaimed(length)
-  local pending = redis.pcall('XPENDING', P .. 'queue', 'prefill')
-  return (length or redis.call('XLEN', P .. 'queue')) - (pending.err and 0 or pending[1])
+  length = length or redis.call('XLEN', P .. 'queue')
+  local groups = length > 0 and redis.pcall('XINFO', 'GROUPS', P .. 'queue') or {}
+  for _, group in ipairs(groups) do
+    local named = {}
+    for i = 1, #group, 2 do named[group[i]] = group[i + 1] end
+    if named.name == 'prefill' then return length - named.pending end
+  end
+  return length
 end
 
 local function activate(key, ring, flow)
@@ -86,7 +93,7 @@ end
 
 -- a new request goes into the stream, which has `length` entries, when nobody waits and it is short; else into the room
 local function admit(id, r, length)
-  if redis.call('EXISTS', P .. 'waiting') == 0 and unclaimed(length) < SHORT_QUEUE then
+  if redis.call('EXISTS', P .. 'waiting') == 0 and (length < SHORT_QUEUE or unclaimed(length) < SHORT_QUEUE) then
     place(id, r)
   else
     enter_room(id, r)
