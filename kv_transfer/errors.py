@@ -91,3 +91,18 @@ class InvalidTransfer(KVTransferError):
 
 class TransportFailed(KVTransferError):
     """A transport could not reach a peer, or lost it; the messenger turns it into a fallback or a failed transfer."""
+
+
+class NicUnavailable(KVTransferError):
+    """An RDMA device that is named, or should be found, and cannot be used.
+
+    Attributes:
+        nic: its name; empty when it is about all of them.
+        why: what is wrong, and what to do.
+    """
+
+    exit_code = 2
+
+    def __init__(self, nic: str, why: str) -> None:
+        super().__init__(f"RDMA device {nic!r}: {why}" if nic else why)
+        self.nic, self.why = nic, why
