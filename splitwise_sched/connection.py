@@ -41,10 +41,10 @@ COMMAND_TIMEOUT_S = 5.0
 RETRY_FIRST_S, RETRY_MAX_S = 0.02, 0.5
 PRELUDE = ("common", "preferred", "waiting_room", "rate")
 # Each function that a script begins with costs it a tenth of a microsecond; these run most, and use the least.
-PRELUDE_OF = {"step": ("common",), "finish": ("common",)}
+PRELUDE_OF = {"step": ("common",), "finish": ("common",), "renew_frontend": ("common",), "lapsed": ("common",)}
 SCRIPTS = (
     "submit", "resubmit", "bind", "step", "finish", "give_back", "cancel", "expire", "register", "renew", "drain",
-    "reap",
+    "reap", "renew_frontend", "lapsed", "orphans", "audit",
 )  # fmt: skip
 
 _RETRYABLE = (ConnectionError, TimeoutError, OSError)

@@ -29,7 +29,7 @@ from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.outputs import Lost, decode_outputs
 from splitwise_sched.records import InstanceRecord
 from splitwise_sched.settings import SchedulerSettings
-from splitwise_sched.store import NO_PREFERENCE, Flow, Preference, Store
+from splitwise_sched.store import NO_PREFERENCE, ORPHANED, Flow, Preference, Store
 from splitwise_sched.sweeper import Sweeper
 from splitwise_sched.types import FinishReason, Output, Request, check_id
 
@@ -353,6 +353,9 @@ class FrontEnd:
             elif known[0] == "lost":
                 stream.assembly.raise_epoch(known[1])
                 self._recover(stream, "an instance was lost")
+            elif known[0] == ORPHANED:
+                stream.assembly.raise_epoch(known[1])
+                self._recover(stream, "this front end had been taken for dead")
             elif known[0] not in ("queued", "prefill", "decode"):
                 self._doubt(stream, known[0], "")
 
@@ -378,9 +381,8 @@ class FrontEnd:
                 await self.store.expire(SPILL_BATCH, self._retain_ms)
 
     async def _renew(self) -> None:
-        """Renew lease and stream; make them anew when Redis has lost them."""
+        """Renew lease and stream; they are made anew when Redis has lost them."""
         if not await self.store.renew_frontend(self.frontend_id, self._lease_ms, self._read_up_to):
-            await self.store.open_out(self.frontend_id, self._lease_ms)
             self._verify_now.set()
         self._seen_at = time.monotonic()
 

@@ -1,8 +1,8 @@
 """An instance's side of the scheduler, on asyncio: lease, claims, inbox, outputs.
 
-``sync.Instance`` wraps it for engine loops that are no coroutines; both have the same behaviour. Four tasks: one renews
+``sync.Instance`` wraps it for engine loops that are no coroutines; both have the same behaviour. Five tasks: one renews
 the lease as long as the serving loop shows that it is alive, one claims and binds, one reads inbox and control stream,
-and one starts anew under a new id when the lease was lost.
+one starts anew under a new id when the lease was lost, and one sweeps now and then (sweeper.py).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from splitwise_sched.records import (
 )
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.store import Store
+from splitwise_sched.sweeper import Sweeper
 from splitwise_sched.types import Output, Request, RequestState, Role, check_id
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class InstanceSession:
         self._claiming: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._supervisor: asyncio.Task[None] | None = None
+        self._sweeping: asyncio.Task[None] | None = None
         self._lost: asyncio.Future[str] | None = None
 
     # ---- life ----------------------------------------------------------------------------------------------------
@@ -99,12 +101,17 @@ class InstanceSession:
             await self.store.close()
             raise
         self._supervisor = asyncio.create_task(self._supervise())
+        # Front ends sweep more often; when the last of them dies, somebody has to end what it wanted.
+        sweeper = Sweeper(self.store, retain_ms=self._retain_ms, period_s=self._settings.frontend_lease_s / 2)
+        self._sweeping = asyncio.create_task(sweeper.run())
 
     async def close(self) -> None:
         """Stop claiming, hand what is held back to the queue, give up the lease. Idempotent."""
         if self._supervisor is not None:
+            assert self._sweeping is not None
             self._supervisor.cancel()
-            await asyncio.wait([self._supervisor])
+            self._sweeping.cancel()
+            await asyncio.wait([self._supervisor, self._sweeping])
             self._supervisor = None
             await self._stop_tasks()
             try:

@@ -72,6 +72,11 @@ class Keys:
         return f"{self.prefix}frontend:{frontend_id}"
 
     @property
+    def frontends(self) -> str:
+        """ZSET: ids of all front ends that were not yet swept, by the Redis time (ms) at which their lease lapses."""
+        return f"{self.prefix}frontends"
+
+    @property
     def deadlines(self) -> str:
         """ZSET: request ids by the Redis time (ms) at which they expire."""
         return f"{self.prefix}deadlines"

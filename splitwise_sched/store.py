@@ -7,20 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from splitwise_sched.connection import Connection, as_dict
-from splitwise_sched.errors import CommandRefused
-from splitwise_sched.keys import PREFILL_GROUP
 from splitwise_sched.records import Bound, Claim, InstanceRecord, Registration
 
 RECORD_FIELDS = frozenset(
     (
         "state", "epoch", "attempts", "frontend", "nonce", "model", "input_tokens", "kv_tokens", "class", "weight",
         "tenant", "prefer", "prefer_ms", "created_ms", "deadline_ms", "queue", "queue_entry", "prefill", "decode",
-        "inbox_entry", "kv_reserved", "claimed_ms", "decoding_ms", "finished_ms", "reason", "history",
+        "inbox_entry", "kv_reserved", "claimed_ms", "decoding_ms", "finished_ms", "reason", "history", "orphaned",
     )
 )  # fmt: skip
 OUT_MAXLEN = 200_000
 OnReply = Callable[[Any], None]
 HELLO = "#hello"  # a field that is no request id: it only makes the stream exist
+ORPHANED = "orphaned"
 
 
 class Flow(NamedTuple):
@@ -44,6 +43,22 @@ class Preference(NamedTuple):
 
 
 NO_PREFERENCE = Preference()
+
+
+class Lapsed(NamedTuple):
+    """Ids of those whose lease has lapsed and that were not yet swept."""
+
+    instances: list[str]
+    frontends: list[str]
+
+
+class Repaired(NamedTuple):
+    """What ``audit`` found reserved on a decode instance for nobody, and put right."""
+
+    instance_id: str
+    tokens: int
+    requests: int
+    inbox_entries: int
 
 
 class Store(Connection):
@@ -113,29 +128,31 @@ class Store(Connection):
 
     async def open_out(self, frontend_id: str, lease_ms: int) -> None:
         """Make the front end's stream and lease; keeps what is in the stream."""
-        await asyncio.gather(
-            self.call("XADD", self.keys.out(frontend_id), "*", HELLO, frontend_id),
-            self.call("PEXPIRE", self.keys.out(frontend_id), lease_ms),
-            self.call("SET", self.keys.frontend(frontend_id), "alive", "PX", lease_ms),
-        )
+        await self.renew_frontend(frontend_id, lease_ms, "0-0")
 
     async def renew_frontend(self, frontend_id: str, lease_ms: int, read_up_to: str) -> bool:
-        """Renew lease and stream, and drop entries before ``read_up_to``. False: the stream is gone, make it anew."""
-        out = self.keys.out(frontend_id)
-        alive, _, _ = await asyncio.gather(
-            self.call("PEXPIRE", out, lease_ms),
-            self.call("SET", self.keys.frontend(frontend_id), "alive", "PX", lease_ms),
-            self.call("XTRIM", out, "MINID", "~", read_up_to),
-        )
-        return bool(alive)
+        """See renew_frontend.lua. False: the stream was gone, and what was in it is lost."""
+        k = self.keys
+        keys = (k.frontend(frontend_id), k.out(frontend_id), k.frontends)
+        return bool(await self.script("renew_frontend", keys, frontend_id, lease_ms, read_up_to, HELLO))
 
     async def close_out(self, frontend_id: str) -> None:
-        await self.call("UNLINK", self.keys.out(frontend_id), self.keys.frontend(frontend_id))
+        """Give the lease up, so that sweepers end what the front end may have left behind."""
+        await asyncio.gather(
+            self.call("ZADD", self.keys.frontends, 0, frontend_id),
+            self.call("UNLINK", self.keys.out(frontend_id), self.keys.frontend(frontend_id)),
+        )
 
     async def request_states(self, request_ids: Sequence[str]) -> list[tuple[str, int] | None]:
-        """[num_requests] state and epoch of each, None where Redis does not know it."""
-        calls = [self.call("HMGET", self.keys.request(i), "state", "epoch") for i in request_ids]
-        return [(state, int(epoch or 0)) if state else None for state, epoch in await asyncio.gather(*calls)]
+        """[num_requests] state and epoch of each, None where Redis does not know it.
+
+        ``ORPHANED`` stands for the state of what was cancelled only because its front end's lease had lapsed.
+        """
+        calls = [self.call("HMGET", self.keys.request(i), "state", "epoch", "orphaned") for i in request_ids]
+        replies = await asyncio.gather(*calls)
+        return [
+            (ORPHANED if orphaned else state, int(epoch or 0)) if state else None for state, epoch, orphaned in replies
+        ]
 
     async def request_record(self, request_id: str) -> dict[str, str]:
         return as_dict(await self.call("HGETALL", self.keys.request(request_id)))
@@ -184,17 +201,11 @@ class Store(Connection):
         )  # fmt: skip
         return int(reply[0]), bool(reply[1])
 
-    async def instances_without_lease(self) -> list[str]:
-        """Ids of instances whose lease lapsed: of those registered, and of queue consumers (zombies that woke)."""
-        consumers = self.call("XINFO", "CONSUMERS", self.keys.queue, PREFILL_GROUP)
-        known = set(await self.call("SMEMBERS", self.keys.instances))
-        try:
-            known |= {as_dict(row)["name"] for row in await consumers}
-        except CommandRefused:
-            pass  # without a queue there are no consumers: the first instance makes it
-        ids = sorted(known)
-        lacking = await asyncio.gather(*(self.lacks_lease(i) for i in ids))
-        return [i for i, lacks in zip(ids, lacking, strict=True) if lacks]
+    async def lapsed(self, max_frontends: int = 100) -> Lapsed:
+        """See lapsed.lua."""
+        k = self.keys
+        instances, frontends = await self.script("lapsed", (k.instances, k.queue, k.frontends), max_frontends)
+        return Lapsed(sorted(instances), frontends)
 
     async def lacks_lease(self, instance_id: str) -> bool:
         return not await self.call("EXISTS", self.keys.instance(instance_id))
@@ -269,6 +280,18 @@ class Store(Connection):
         """One entry for a front end: request id, output, request id, output ...; dropped when the front end is gone."""
         out = self.keys.out(frontend_id)
         self.tell("XADD", out, "NOMKSTREAM", "MAXLEN", "~", OUT_MAXLEN, "*", *values, on_reply=on_reply)
+
+    async def cancel_orphans(self, frontend_id: str, limit: int, retain_ms: int, look_on: str = "0") -> tuple[int, str]:
+        """See orphans.lua: how many requests were cancelled, and where to look on, "0" when all is done."""
+        k = self.keys
+        keys = (k.frontend(frontend_id), k.frontends, k.out(frontend_id), k.deadlines, k.counters)
+        num_cancelled, look_on = await self.script("orphans", keys, frontend_id, limit, look_on, retain_ms)
+        return int(num_cancelled), look_on
+
+    async def audit(self, which: int, limit: int) -> Repaired | None:
+        """See audit.lua. None: there was nothing to put right."""
+        reply = await self.script("audit", (self.keys.decode_load, self.keys.counters), which, limit)
+        return Repaired(*reply) if reply else None
 
     async def expire(self, limit: int, retain_ms: int) -> int:
         """See expire.lua."""

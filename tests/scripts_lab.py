@@ -274,6 +274,15 @@ class Lab:
         self.model.close_out(frontend)
         return None, None
 
+    async def _cancel_orphans(self, frontend: str) -> Any:
+        cancelled, look_on = await self.store.cancel_orphans(frontend, 100, HOUR_MS)
+        return (cancelled, look_on), (self.model.cancel_orphans(frontend), "0")
+
+    async def _audit(self) -> Any:
+        """Scripts have left nothing to put right."""
+        found = [await self.store.audit(which, 100) for which in range(len(self.model.load))]
+        return found, [None] * len(found)
+
     async def _frontend_wakes(self, frontend: str) -> Any:
         if frontend not in self.model.out:
             await self.store.open_out(frontend, HOUR_MS)

@@ -62,6 +62,7 @@ class Request:
     is_late: bool = False
     waits_for_preferred: bool = False
     is_to_spill: bool = False
+    is_orphaned: bool = False
 
 
 @dataclass(eq=False)
@@ -99,6 +100,7 @@ class Topic:
         self.registered: set[str] = set()
         self.load: dict[str, float] = {}
         self.out: dict[str, list[tuple[str, int, str, str]]] = {}
+        self.frontends: set[str] = set()
         self.dead_letter: list[tuple[str, str, int]] = []
         self.counters: Counter[str] = Counter()
 
@@ -229,9 +231,24 @@ class Topic:
 
     def open_out(self, frontend: str) -> None:
         self.out.setdefault(frontend, [])
+        self.frontends.add(frontend)
 
     def close_out(self, frontend: str) -> None:
         self.out.pop(frontend, None)
+        self.frontends.add(frontend)
+
+    def cancel_orphans(self, frontend: str) -> int:
+        """Those with the earliest deadline come first."""
+        if frontend in self.out:
+            return 0
+        theirs = [r for r in self.requests.values() if r.state in LIVE and r.given.frontend == frontend]
+        for r in sorted(theirs, key=lambda r: (not r.is_late, r.request_id if r.is_late else int(r.given.nonce[1:]))):
+            self._terminate(r, "cancelled", f"the lease of its front end {frontend} has lapsed")
+            r.is_orphaned = True
+        if theirs:
+            self.counters["orphaned"] += len(theirs)
+        self.frontends.discard(frontend)
+        return len(theirs)
 
     def submit(self, request_id: str, given: Given, body: bytes) -> tuple[str, Any]:
         r = self.requests.get(request_id)
@@ -256,7 +273,7 @@ class Topic:
         if r is not None:
             if r.state == "done" and done_too:
                 r.epoch += 1
-            elif r.state != "lost":
+            elif r.state != "lost" and not r.is_orphaned:
                 return ["HELD", r.state] if r.state in LIVE else ["ENDED", r.state, r.reason]
             if r.attempts >= self.max_attempts:
                 why = f"given up after {r.attempts} attempts, the last: {r.reason}"
@@ -265,7 +282,7 @@ class Topic:
         else:
             r = Request(request_id, replace(given, prefer=()), None, epoch=epoch_seen + 1, attempts=attempts)
             self.requests[request_id] = r
-        r.state, r.is_late, r.body = "queued", False, body
+        r.state, r.is_late, r.is_orphaned, r.body = "queued", False, False, body
         self._enqueue(r)
         self.counters["resubmitted"] += 1
         return ["QUEUED", r.epoch]
@@ -518,7 +535,8 @@ class Topic:
                     "state": r.state, "epoch": r.epoch, "attempts": r.attempts, "frontend": r.given.frontend,
                     "prefill": r.prefill, "decode": r.decode, "kv_reserved": r.kv_reserved, "reason": r.reason,
                     "history": r.history, "input_tokens": r.given.input_tokens, "kv_tokens": r.given.kv_tokens,
-                    "in_queue": r.queue_entry is not None, "in_inbox": r.inbox_entry is not None, "body": r.body,
+                    "is_orphaned": r.is_orphaned, "in_queue": r.queue_entry is not None,
+                    "in_inbox": r.inbox_entry is not None, "body": r.body,
                 }
                 for i, r in self.requests.items()
             },
@@ -537,6 +555,7 @@ class Topic:
             "load": self.load,
             "deadlines": {i for i, r in self.requests.items() if r.state in LIVE},
             "out": self.out,
+            "frontends": self.frontends,
             "dead_letter": self.dead_letter,
             "counters": dict(self.counters),
         }  # fmt: skip

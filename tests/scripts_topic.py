@@ -64,7 +64,7 @@ async def snapshot(store: Store, names: list[str], frontends: list[str], request
     keys = [k.queue, *map(k.preferred, names)]
     (
         queues, pending, registered, load, deadlines, room, preferred, dead, counters, records, bodies, leases, inboxes,
-        controls, outs,
+        controls, outs, opened,
     ) = await asyncio.gather(
         each(*(call("XRANGE", key, "-", "+") for key in keys)),
         asyncio.gather(*(call("XPENDING", q, PREFILL_GROUP, "-", "+", 1000) for q in keys), return_exceptions=True),
@@ -81,6 +81,7 @@ async def snapshot(store: Store, names: list[str], frontends: list[str], request
         each(*(call("XRANGE", k.inbox(n), "-", "+") for n in names)),
         each(*(call("XRANGE", k.control(n), "-", "+") for n in names)),
         each(*(call("XRANGE", k.out(f), "-", "+") for f in frontends)),
+        call("ZRANGE", k.frontends, 0, -1),
     )  # fmt: skip
     entries: dict[tuple[str, str], dict[str, str]] = {}
     in_queues: dict[str, list[tuple[str, int, str | None]]] = {}
@@ -99,6 +100,7 @@ async def snapshot(store: Store, names: list[str], frontends: list[str], request
                 **{name: int(record[name]) for name in ("epoch", "attempts", "input_tokens", "kv_tokens")},
                 "kv_reserved": int(record.get("kv_reserved", 0)),
                 "history": record.get("history", ""),
+                "is_orphaned": "orphaned" in record,
                 "in_queue": "queue_entry" in record,
                 "in_inbox": "inbox_entry" in record,
                 "body": body,
@@ -123,6 +125,7 @@ async def snapshot(store: Store, names: list[str], frontends: list[str], request
         "load": _scores(load),
         "deadlines": set(deadlines),
         "out": {f: _out_rows(rows) for f, rows in zip(frontends, outs, strict=True) if rows},
+        "frontends": set(opened),
         "dead_letter": [(f["id"], f["why"], int(f["attempts"])) for f in (as_dict(f) for _, f in dead)],
         "counters": {name: int(n) for name, n in counters.items() if name != "instances_reaped"},
     }

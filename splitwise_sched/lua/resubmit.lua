@@ -1,4 +1,5 @@
--- resubmit: its front end puts a request back that lost its instance, or that Redis no longer knows.
+-- resubmit: its front end puts a request back that lost its instance, that Redis no longer knows, or that was cancelled
+--           because the front end itself was taken for dead.
 --   KEYS     request:<id>, queue, deadlines, counters, incoming:<nonce>, body:<id>
 --   ARGV[2]  request id        [3] front end        [4] nonce of the submit
 --   ARGV[5]  highest epoch that the front end has seen      [6] ms until it expires      [7] ms of retention
@@ -13,7 +14,7 @@ local id, timeout, retain = ARGV[2], tonumber(ARGV[6]), tonumber(ARGV[7])
 local r = load(id)
 if r and r.state == 'done' and ARGV[13] == '1' then
   r.epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
-elseif r and r.state ~= 'lost' then
+elseif r and r.state ~= 'lost' and not (r.state == 'cancelled' and redis.call('HGET', KEYS[1], 'orphaned')) then
   redis.call('UNLINK', KEYS[5])
   if is_live(r.state) then return {'HELD', r.state} end
   return {'ENDED', r.state, redis.call('HGET', KEYS[1], 'reason') or ''}
@@ -37,7 +38,7 @@ redis.call('HSET', KEYS[1], 'state', 'queued', 'epoch', epoch, 'attempts', attem
            'class', ARGV[14], 'weight', ARGV[15], 'tenant', ARGV[16], 'deadline_ms', now + timeout)
 enqueue(id, epoch, {input_tokens = ARGV[8], model = ARGV[10]})
 owe(ARGV[14], ARGV[15], tonumber(ARGV[8]))
-redis.call('HDEL', KEYS[1], 'finished_ms')
+redis.call('HDEL', KEYS[1], 'finished_ms', 'orphaned')
 redis.call('PEXPIRE', KEYS[1], timeout + retain)
 redis.call('ZADD', KEYS[3], now + timeout, id)
 count('resubmitted')

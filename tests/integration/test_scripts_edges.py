@@ -112,7 +112,7 @@ async def test_zombie_that_claims_again_has_no_effect_and_what_it_swallowed_come
     (run,) = await t.serve("z")
     await t.lapse("z")
     await t.sweeper.sweep()
-    assert await t.state("r0") == "lost" and await store.instances_without_lease() == []
+    assert await t.state("r0") == "lost" and (await store.lapsed()).instances == []
 
     await register(store, "m", "mixed", 1024, 8)
     await t.resubmit("r0")
@@ -121,7 +121,7 @@ async def test_zombie_that_claims_again_has_no_effect_and_what_it_swallowed_come
         "XREADGROUP", "GROUP", PREFILL_GROUP, "z", "COUNT", 9, "STREAMS", store.keys.queue, ">"
     )  # fmt: skip
     assert len(next(iter(swallowed.values() if isinstance(swallowed, dict) else [swallowed[0][1]]))) == 2
-    assert await store.instances_without_lease() == ["z"]
+    assert (await store.lapsed()).instances == ["z"]
 
     assert not await store.renew("z", HOUR_MS, {})
     assert await t.step(run) == await t.finish(run) == await t.give_back(run) == 0
@@ -132,7 +132,7 @@ async def test_zombie_that_claims_again_has_no_effect_and_what_it_swallowed_come
         await claim(store, "z", 9)
 
     await t.sweeper.sweep()
-    assert await store.instances_without_lease() == []
+    assert (await store.lapsed()).instances == []
     runs = await t.serve("m", 9)
     # Nobody had them, so they come back without their front end's help, and no attempt is counted.
     assert [(request_id, epoch) for request_id, epoch, _ in runs] == [("r0", 3), ("r1", 2)]
@@ -164,7 +164,7 @@ async def test_sweep_takes_back_more_than_it_looks_at_in_one_call(on_every):
     states = await store.request_states(ids)
     assert states == [("lost", 2)] * 440 + [("queued", 3)] * 210
     assert len(await t.out()) == 650
-    assert await store.queue_depth() == 210 and await store.instances_without_lease() == []
+    assert await store.queue_depth() == 210 and (await store.lapsed()).instances == []
     pending = await store.call("XPENDING", store.keys.queue, PREFILL_GROUP, "-", "+", 1)
     assert pending == [] and not await store.call("EXISTS", store.keys.inbox("z"), store.keys.control("z"))
 
@@ -200,7 +200,7 @@ async def test_entry_of_a_record_that_is_gone_does_not_keep_the_reaper_busy(on):
         await store.call("UNLINK", store.keys.request(request_id), store.keys.body(request_id))
     await t.lapse("p")
     await asyncio.wait_for(t.sweeper.sweep(), 5)
-    assert await store.instances_without_lease() == []
+    assert (await store.lapsed()).instances == []
     assert not await store.call("EXISTS", store.keys.preferred("p")) and await store.queue_depth() == 0
 
 

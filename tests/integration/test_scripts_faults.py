@@ -66,8 +66,30 @@ FAULTS: dict[str, tuple[str, str, str, list[tuple[Any, ...]]]] = {
         "reap", "take_claims('queue')\n", "",
         [("submit", "r0", "f0", 0), ("claim", "p0", 1), ("lapse", "p0"), ("reap", "p0", 100)],
     ),
+    "orphans are those of a front end that has its lease": (
+        "orphans", "if redis.call('EXISTS', KEYS[1]) == 1 then return {0, '0'} end\n", "",
+        [*PREFILLED, ("cancel_orphans", "f0")],
+    ),
+    "orphans are everybody's requests": (
+        "orphans", "redis.call('HGET', P .. 'request:' .. id, 'frontend') == me", "true",
+        [*PREFILLED, ("submit", "r1", "f1", 0), ("frontend_dies", "f0"), ("cancel_orphans", "f0")],
+    ),
+    "front end that woke does not get its requests back": (
+        "resubmit", "redis.call('HGET', KEYS[1], 'orphaned')", "false",
+        [*PREFILLED, ("frontend_dies", "f0"), ("cancel_orphans", "f0"), ("frontend_wakes", "f0"),
+         ("resubmit", "r0", False)],
+    ),
+    "front end that closed is not swept": (
+        "orphans", "if page[1] == '0' then redis.call('ZREM', KEYS[2], me) end\n", "",
+        [*PREFILLED, ("frontend_dies", "f0"), ("cancel_orphans", "f0")],
+    ),
 }  # fmt: skip
-FOUND_AT_RANDOM = ("step leaves the queue's entry", "let_go keeps the reservation", "finish does not look at the epoch")
+FOUND_AT_RANDOM = (
+    "step leaves the queue's entry",
+    "let_go keeps the reservation",
+    "finish does not look at the epoch",
+    "orphans are everybody's requests",
+)
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:

@@ -46,7 +46,9 @@ _OPERATIONS: dict[str, tuple[int, tuple[st.SearchStrategy[Any], ...]]] = {
     "drain": (2, (_rank,)),
     "give_back": (6, (_rank, st.booleans())),
     "give_back_claims": (2, (_rank,)),
-    "frontend_dies": (2, (_frontend,)),
+    "frontend_dies": (3, (_frontend,)),
+    "cancel_orphans": (4, (_frontend,)),
+    "audit": (2, ()),
     "frontend_wakes": (4, (_frontend,)),
     "forget": (1, ()),
 }

@@ -18,6 +18,7 @@ from splitwise_sched.errors import Fenced
 from splitwise_sched.outputs import Lost, decode_output
 from splitwise_sched.records import Claim
 from splitwise_sched.store import HELLO, Flow, Store
+from splitwise_sched.types import Output
 from tests.integration.toy import settings_for
 from tests.scripts_topic import HOUR_MS, claim, register, reply_of, snapshot
 
@@ -44,6 +45,8 @@ class Race:
         self.bound: dict[str, list[tuple[str, int, str]]] = {}
         self.taken: list[tuple[str, int, str]] = []
         self.num_ends = 0
+        self.has_slept = False
+        self.heard: list[tuple[str, str]] = []
 
     async def open(self) -> None:
         await self.store.open_out("f0", HOUR_MS)
@@ -135,6 +138,17 @@ class Race:
         for run in self.taken:
             await reply_of(self.store.give_back, *run, "it broke", retry=True, retain_ms=HOUR_MS)
 
+    async def frontend_sleeps(self) -> None:
+        """It has read all that it was told so far."""
+        self.heard, self.has_slept = await self._told(), True
+        await self.store.close_out("f0")
+
+    async def cancel_orphans(self) -> None:
+        assert (await self.store.cancel_orphans("f0", 10, HOUR_MS))[1] == "0"
+
+    async def frontend_wakes(self) -> None:
+        await self.store.open_out("f0", HOUR_MS)
+
     # ---- the rescue ----------------------------------------------------------------------------------------------
 
     async def resubmit(self) -> None:
@@ -164,7 +178,7 @@ class Race:
 
     async def _bring_to_its_end(self) -> None:
         for _ in range(3):
-            for instance_id in await self.store.instances_without_lease():
+            for instance_id in (await self.store.lapsed()).instances:
                 await self._reap(instance_id)
             for step in ("bind", "take", "step", "finish", "resubmit", "rescue_claim", "rescue_bind", "rescue_finish"):
                 if await self._state() in ENDS:
@@ -173,7 +187,7 @@ class Race:
         raise AssertionError("it never ends")
 
     async def _check(self) -> None:
-        for instance_id in await self.store.instances_without_lease():
+        for instance_id in (await self.store.lapsed()).instances:
             await self._reap(instance_id)
         names = sorted({self.prefill, self.decode, "m"})
         now = await snapshot(self.store, names, ["f0"], [ID])
@@ -182,22 +196,33 @@ class Race:
         assert request["state"] in ENDS and request["body"] is None
         assert not any(now["queues"].values()) and not any(now["inboxes"].values()) and not now["deadlines"]
         assert set(now["leases"].values()) == {(0, 0)}
-        words = [kind for _, _, kind, _ in now["out"]["f0"]]
-        assert words.count("lost") == now["counters"].get("lost", 0) <= 2
-        assert len(words) - words.count("lost") == 1 == now["counters"][request["state"]]
-        assert await self._tokens() == ([7, 8] if request["state"] == "done" else [])
+        told = [*self.heard, *await self._told()]
+        words = [decode_output(request_id, value) for request_id, value in told]
+        num_lost = sum(isinstance(word, Lost) for word in words)
+        num_ended = len(words) - num_lost
+        counted = now["counters"].get("lost", 0)
+        assert now["counters"][request["state"]] == 1 and counted <= 2
+        if self.has_slept:
+            # What it was told meanwhile is lost; that a request is done it learns when it asks.
+            assert num_lost <= counted and num_ended <= 1
+        else:
+            assert num_lost == counted and num_ended == 1
+        if num_ended:
+            assert self._tokens(words) == ([7, 8] if request["state"] == "done" else [])
 
-    async def _tokens(self) -> list[int]:
+    async def _told(self) -> list[tuple[str, str]]:
+        """(request, value) in the front end's stream"""
+        entries = await self.store.call("XRANGE", self.store.keys.out("f0"), "-", "+")
+        return [pair for _, fields in entries for pair in as_dict(fields).items() if pair[0] != HELLO]
+
+    def _tokens(self, words: Iterable[Output | Lost]) -> list[int]:
         """What the front end makes of what it was told."""
         assembly = Assembly()
-        for _, fields in await self.store.call("XRANGE", self.store.keys.out("f0"), "-", "+"):
-            for request_id, value in as_dict(fields).items():
-                if request_id != HELLO:
-                    output = decode_output(request_id, value)
-                    if isinstance(output, Lost):
-                        assembly.raise_epoch(output.epoch)
-                    else:
-                        assembly.feed(output)
+        for word in words:
+            if isinstance(word, Lost):
+                assembly.raise_epoch(word.epoch)
+            else:
+                assembly.feed(word)
         assert assembly.ended
         return assembly.token_ids
 
@@ -271,3 +296,20 @@ async def test_second_instance_that_claims_while_the_first_is_reaped(redis_serve
     """Rescue comes before the reaper: the two instances never hold the same run."""
     orders = merges([*SERVING[:2], "reap_prefill"], ["rescue_claim", "rescue_bind", "rescue_finish"])
     assert await run_all(redis_server, topic, orders) == 20
+
+
+async def test_front_end_that_sleeps_past_its_lease_and_wakes_again_at_any_time(redis_server, topic):
+    """Whatever an instance does meanwhile, and whether a sweeper came round: nothing is held, and it ends."""
+    for sweeps in (("cancel_orphans",), ()):
+        orders = merges(SERVING, ("frontend_sleeps", *sweeps, "frontend_wakes", "resubmit"))
+        assert await run_all(redis_server, topic, orders) == (126 if sweeps else 56)
+
+
+async def test_orphan_is_swept_while_it_is_disturbed_otherwise(redis_server, topic):
+    def orders() -> Iterator[list[str]]:
+        for disturbance in DISTURBANCES:
+            for place in range(3, len(SERVING) + 1):
+                for sleep in merges(("frontend_sleeps", "cancel_orphans", "frontend_wakes"), (disturbance,)):
+                    yield [*SERVING[:place], *sleep, "resubmit", *SERVING[place:]]
+
+    assert await run_all(redis_server, topic, orders()) == 6 * 3 * 4
