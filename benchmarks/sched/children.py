@@ -43,6 +43,7 @@ class Child:
         self._process.start()
         theirs.close()
         self._clock = 0
+        self._is_stopping = False
 
     def wait_ready(self) -> None:
         if self._receive() != READY:
@@ -66,11 +67,17 @@ class Child:
         """CPU time of all its threads so far, those that ended included."""
         return time.clock_gettime(self._clock)
 
+    def begin_stop(self) -> None:
+        """So that many stop at the same time; ``stop`` waits for the end."""
+        if not self._is_stopping:
+            self._is_stopping = True
+            try:
+                self.tell("stop")
+            except OSError:
+                pass  # it has ended already
+
     def stop(self) -> None:
-        try:
-            self.tell("stop")
-        except OSError:
-            pass  # it has ended already
+        self.begin_stop()
         self._process.join(15)
         if self._process.is_alive():
             self._process.kill()

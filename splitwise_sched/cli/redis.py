@@ -36,7 +36,7 @@ class PrivateServerSettings(ExplicitSettings):
 def command(server: PrivateServerSettings, scheduler: SchedulerSettings) -> None:
     """Run a private Redis or Valkey server, or check the one that --scheduler-host names.
 
-    The private server listens on loopback only, keeps an append-only file, never evicts, and ends with this
+    The private server listens on loopback only, keeps its data with --data-dir, never evicts, and ends with this
     command: with Ctrl-C, SIGTERM, or however it dies. It is redis-server or valkey-server from PATH, else the one
     that comes with splitwise-sched[embedded].
     """

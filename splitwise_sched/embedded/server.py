@@ -30,7 +30,7 @@ _REFUSED_COMMANDS = ("config", "module", "replicaof", "slaveof", "debug", "shutd
 
 
 class EmbeddedServer:
-    """A private Redis or Valkey on loopback, with an append-only file and no eviction.
+    """A private Redis or Valkey on loopback, without eviction; with an append-only file where its data is to be kept.
 
     It ends with ``close``, at interpreter exit, and when its owner dies in any way: the kernel kills it with the
     thread that started it, a thread which does nothing else. Any thread may call any method.
@@ -49,7 +49,7 @@ class EmbeddedServer:
         """
         Args:
             port: a free one when None.
-            data_dir: kept; a temporary directory, removed at close, when None.
+            data_dir: kept, and the data in it; a temporary directory, removed at close, when None.
             unix_socket: also listen there, for this user alone.
             password: none when None.
             binary: ``locate_server()`` when None.
@@ -207,7 +207,7 @@ class EmbeddedServer:
             f"dir {_quote(str(directory))}",
             f"logfile {_quote(str(directory / _LOG_FILE))}",
             "daemonize no",
-            "appendonly yes",
+            f"appendonly {'no' if self._data_dir is None else 'yes'}",
             "appendfsync everysec",
             'save ""',
             "maxmemory-policy noeviction",

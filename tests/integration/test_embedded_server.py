@@ -46,8 +46,10 @@ def program_on_path(directory: Path, script: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("program", BINARIES, ids=lambda b: f"{b.name}-{b.version}")
-def test_every_server_program_found_here_starts_durable_and_without_eviction(program: ServerBinary) -> None:
-    with EmbeddedServer(binary=program) as server, connect(server) as client:
+def test_every_server_program_found_here_starts_durable_and_without_eviction(
+    program: ServerBinary, tmp_path: Path
+) -> None:
+    with EmbeddedServer(binary=program, data_dir=tmp_path / "data") as server, connect(server) as client:
         info = client.info()
         assert client.set("key", "value")
         assert info["process_id"] == server.pid
@@ -56,6 +58,11 @@ def test_every_server_program_found_here_starts_durable_and_without_eviction(pro
         assert info["tcp_port"] == server.port
         assert server.server_version == f"{program.name} {program.version}"
         assert program.version in server.description
+
+
+def test_data_that_is_not_to_be_kept_is_not_written_either() -> None:
+    with EmbeddedServer() as server, connect(server) as client:
+        assert client.info()["aof_enabled"] == 0
 
 
 @pytest.mark.parametrize("program", BINARIES, ids=lambda b: f"{b.name}-{b.version}")
