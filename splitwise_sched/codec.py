@@ -27,6 +27,9 @@ _SAMPLING_TYPES: dict[str, tuple[type, ...]] = {
     "ignore_eos": (bool,),
     "logprobs": (int, type(None)),
 }
+_SAMPLING_NAMES = tuple(_SAMPLING_TYPES)
+# Types of the parameters, in this order, that were found in order: there are few, and looking each up takes its time.
+_SAMPLING_SEEN: set[tuple[type, ...]] = set()
 
 
 def encode_request(request: Request) -> bytes:
@@ -98,6 +101,8 @@ def _text(raw: dict[str, Any], name: str) -> str:
 
 def _texts(raw: dict[str, Any], name: str) -> tuple[str, ...]:
     value = raw.get(name)
+    if value == []:
+        return ()
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise InvalidRequest(f"{name} in a request body is not a list of texts")
     return tuple(value)
@@ -106,18 +111,21 @@ def _texts(raw: dict[str, Any], name: str) -> tuple[str, ...]:
 def _sampling(raw: object) -> SamplingParams:
     if not isinstance(raw, dict) or not raw.keys() <= _SAMPLING_TYPES.keys():
         raise InvalidRequest("sampling in a request body is not a map of the known parameters")
-    for name, value in raw.items():
-        allowed = _SAMPLING_TYPES[name]
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise InvalidRequest(f"{name} in a request body is {value!r}", param=name)
-    fields = dict(raw)
-    fields["stop"] = tuple(fields.get("stop", ()))
-    fields["stop_token_ids"] = tuple(fields.get("stop_token_ids", ()))
-    if not all(isinstance(s, str) for s in fields["stop"]):
+    is_whole = tuple(raw) == _SAMPLING_NAMES
+    types = tuple(map(type, raw.values()))
+    if not is_whole or types not in _SAMPLING_SEEN:
+        for name, value in raw.items():
+            allowed = _SAMPLING_TYPES[name]
+            if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+                raise InvalidRequest(f"{name} in a request body is {value!r}", param=name)
+        if is_whole:
+            _SAMPLING_SEEN.add(types)
+    stop, stop_ids = raw.get("stop"), raw.get("stop_token_ids")
+    if stop and not all(isinstance(s, str) for s in stop):
         raise InvalidRequest("stop in a request body holds something that is not text", param="stop")
-    if not all(isinstance(t, int) for t in fields["stop_token_ids"]):
+    if stop_ids and not all(isinstance(t, int) for t in stop_ids):
         raise InvalidRequest("stop_token_ids in a request body holds something that is no token id", param="stop")
-    return SamplingParams(**fields)
+    return SamplingParams(**{**raw, "stop": tuple(stop or ()), "stop_token_ids": tuple(stop_ids or ())})
 
 
 def _pack_metadata(request: Request) -> bytes:

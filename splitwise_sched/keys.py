@@ -6,7 +6,7 @@ any of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PREFILL_GROUP = "prefill"
 
@@ -15,10 +15,10 @@ PREFILL_GROUP = "prefill"
 class Keys:
     topic: str
     shard: int = 0
+    prefix: str = field(init=False)
 
-    @property
-    def prefix(self) -> str:
-        return f"pd:{{{self.topic}:{self.shard}}}:"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefix", f"pd:{{{self.topic}:{self.shard}}}:")
 
     def request(self, request_id: str) -> str:
         """HASH: the request's record: state, epoch, who holds it, when what happened."""

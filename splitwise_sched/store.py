@@ -305,4 +305,4 @@ def _flat(fields: Mapping[str, Any]) -> list[Any]:
 
 def _notes(notes: Mapping[str, Any]) -> list[Any]:
     """What an instance wants to see in a record; fields that the scripts go by are not its to set."""
-    return _flat({name: value for name, value in notes.items() if name not in RECORD_FIELDS})
+    return _flat({name: value for name, value in notes.items() if name not in RECORD_FIELDS}) if notes else []

@@ -88,23 +88,23 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        def refuse(name: str, must: str) -> None:
-            raise InvalidRequest(f"{name} is {getattr(self, name)!r}: it must be {must}", param=name)
-
         if self.max_tokens < 1:
-            refuse("max_tokens", "1 or more")
+            self._refuse("max_tokens", "1 or more")
         if not 0.0 <= self.temperature <= 100.0:
-            refuse("temperature", "between 0 (greedy) and 100")
+            self._refuse("temperature", "between 0 (greedy) and 100")
         if not 0.0 < self.top_p <= 1.0:
-            refuse("top_p", "above 0 and at most 1")
+            self._refuse("top_p", "above 0 and at most 1")
         if self.top_k < 0:
-            refuse("top_k", "0 (all) or more")
+            self._refuse("top_k", "0 (all) or more")
         if self.seed is not None and not SEED_MIN <= self.seed <= SEED_MAX:
-            refuse("seed", "a 64-bit integer")
-        if len(self.stop) > MAX_STOP_STRINGS or any(not s or len(s) > 1024 for s in self.stop):
-            refuse("stop", f"at most {MAX_STOP_STRINGS} strings of 1 to 1024 characters")
+            self._refuse("seed", "a 64-bit integer")
+        if self.stop and (len(self.stop) > MAX_STOP_STRINGS or any(not s or len(s) > 1024 for s in self.stop)):
+            self._refuse("stop", f"at most {MAX_STOP_STRINGS} strings of 1 to 1024 characters")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            refuse("logprobs", f"between 0 and {MAX_LOGPROBS}")
+            self._refuse("logprobs", f"between 0 and {MAX_LOGPROBS}")
+
+    def _refuse(self, name: str, must: str) -> None:
+        raise InvalidRequest(f"{name} is {getattr(self, name)!r}: it must be {must}", param=name)
 
 
 @dataclass(frozen=True, slots=True)
