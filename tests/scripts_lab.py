@@ -16,10 +16,10 @@ from splitwise_sched.errors import Fenced, SplitwiseError
 from splitwise_sched.records import Claim
 from splitwise_sched.store import Flow, Preference, Store
 from tests import scripts_model
-from tests.scripts_topic import BLOCK_SIZE, HOUR_MS, Parted, claim, register, reply_of, snapshot
+from tests.scripts_topic import BLOCK_SIZE, HOUR_MS, PRIORITIES, Parted, claim, register, reply_of, snapshot
 
 LIVE = scripts_model.LIVE
-MAX_SIZE, MAX_ATTEMPTS = 5, 3
+MAX_SIZE, MAX_ATTEMPTS = 7, 3
 # role, KV tokens, requests. Inputs are 8, 40 and 200 tokens: the largest fits nowhere but on the mixed instance.
 SLOTS = {
     "p0": ("prefill", 64, 8),
@@ -28,16 +28,17 @@ SLOTS = {
     "d1": ("decode", 128, 2),
     "m0": ("mixed", 256, 3),
 }
-REQUESTS = tuple(f"r{i}" for i in range(9))
+REQUESTS = tuple(f"r{i}" for i in range(12))
 INPUT_TOKENS = (8, 40, 200)
-FLOW = Flow("default", 4, "-")
 
 
 _ARGUMENTS = {
     "submit": ("new_request", ""),
+    "submit_as": ("new_request", ""),
     "submit_again": ("live_request",),
     "resubmit": ("lost_request", ""),
     "cancel": ("live_request",),
+    "cancel_waiting": ("waiting_request",),
     "late": ("live_request",),
     "spill": ("preferring_request",),
     "claim": ("claimer", ""),
@@ -75,10 +76,10 @@ class Submitted:
 
     def to_store(self) -> dict[str, Any]:
         given = asdict(self.given)
-        del given["prefer"]
+        del given["prefer"], given["flow"]
         # Who came earlier has the earlier deadline, even within one millisecond.
         times = {"timeout_ms": HOUR_MS + 1000 * int(self.given.nonce[1:]), "retain_ms": HOUR_MS}
-        return {"frontend_id": given.pop("frontend"), "model": "toy", "flow": FLOW, **given, **times}
+        return {"frontend_id": given.pop("frontend"), "model": "toy", "flow": self.given.flow, **given, **times}
 
 
 @dataclass
@@ -160,6 +161,9 @@ class Lab:
     def _live_requests(self) -> Any:
         return self.submits, lambda i: (self._state(i) not in ("prefill", "decode"), self._state(i) not in LIVE)
 
+    def _waiting_requests(self) -> Any:
+        return self.submits, lambda i: i not in self.model.requests or self.model.requests[i] not in self.model.room
+
     def _preferring_requests(self) -> Any:
         return self.submits, lambda i: i not in self.model.requests or not self.model.requests[i].waits_for_preferred
 
@@ -214,10 +218,16 @@ class Lab:
         return f"n{self._nonces}"
 
     async def _submit(self, request_id: str, frontend: str, size: int, *prefer: str) -> Any:
+        return await self._submit_as(request_id, frontend, size, "default", "-", *prefer)
+
+    async def _submit_as(
+        self, request_id: str, frontend: str, size: int, priority: str, tenant: str, *prefer: str
+    ) -> Any:
+        flow = Flow(priority, PRIORITIES[priority], tenant)
         if frontend not in self.model.out:
             return None, None
         nonce, tokens = self._nonce(), INPUT_TOKENS[size]
-        given = scripts_model.Given(frontend, nonce, tokens, tokens + 10, tuple(self.ids[p] for p in prefer))
+        given = scripts_model.Given(frontend, nonce, tokens, tokens + 10, tuple(self.ids[p] for p in prefer), flow)
         s = Submitted(given, f"{request_id} {nonce}".encode())
         expected = self.model.submit(request_id, given, s.body)
         if expected[0] == "QUEUED" or request_id not in self.submits:
@@ -250,6 +260,9 @@ class Lab:
 
     async def _cancel(self, request_id: str) -> Any:
         return await self.store.cancel(request_id, "enough", HOUR_MS), self.model.cancel(request_id, "enough")
+
+    async def _cancel_waiting(self, request_id: str) -> Any:
+        return await self._cancel(request_id)
 
     async def _late(self, request_id: str) -> Any:
         """Its deadline passes."""

@@ -12,9 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from splitwise_sched.store import Flow
+from tests.scripts_room import Room
+
 LIVE = ("queued", "prefill", "decode", "lost")
 HISTORY_CHARS = 2000
 MAX_PREFERRED = 8
+DEFAULT_FLOW = Flow("default", 4, "-")
 
 
 @dataclass(eq=False)
@@ -42,6 +46,12 @@ class Given:
     input_tokens: int
     kv_tokens: int
     prefer: tuple[str, ...] = ()
+    flow: Flow = DEFAULT_FLOW
+
+    @property
+    def turn(self) -> int:
+        """Who submitted earlier has the earlier deadline."""
+        return int(self.nonce[1:])
 
 
 @dataclass(eq=False)
@@ -63,6 +73,26 @@ class Request:
     waits_for_preferred: bool = False
     is_to_spill: bool = False
     is_orphaned: bool = False
+
+    @property
+    def priority(self) -> str:
+        return self.given.flow.priority
+
+    @property
+    def tenant(self) -> str:
+        return self.given.flow.tenant
+
+    @property
+    def weight(self) -> float:
+        return self.given.flow.weight
+
+    @property
+    def cost(self) -> int:
+        return self.given.kv_tokens
+
+    @property
+    def turn(self) -> int:
+        return self.given.turn
 
 
 @dataclass(eq=False)
@@ -94,7 +124,7 @@ class Topic:
         """Redis loses everything."""
         self.requests: dict[str, Request] = {}
         self.entries: list[QueueEntry] = []
-        self.room: list[Request] = []
+        self.room = Room()
         self.groups: set[str] = set()
         self.instances: dict[str, Instance] = {}
         self.registered: set[str] = set()
@@ -188,22 +218,23 @@ class Topic:
         if not self.room and self._num_unclaimed() < self.short_queue:
             self._place(r)
         else:
-            self.room.append(r)
+            self.room.enter(r)
             self.counters["waiting"] += 1
             self._feed_queue()
 
     def _leave_room(self, r: Request) -> None:
-        self.room.remove(r)
+        self.room.leave(r)
         self.counters["waiting"] -= 1
 
     def _num_unclaimed(self) -> int:
         return sum(e.claimed_by is None for e in self._in_queue("queue"))
 
     def _feed_queue(self) -> None:
-        """There is one tenant of one class, so that they come out by their deadlines: as they came in."""
-        for r in self.room[: max(0, self.short_queue - self._num_unclaimed())]:
-            self._leave_room(r)
-            self._place(r)
+        for _ in range(self.short_queue - self._num_unclaimed()):
+            if not self.room:
+                return
+            self.counters["waiting"] -= 1
+            self._place(self.room.serve())
 
     def _spill(self, r: Request | None) -> None:
         if r is None:
@@ -242,7 +273,7 @@ class Topic:
         if frontend in self.out:
             return 0
         theirs = [r for r in self.requests.values() if r.state in LIVE and r.given.frontend == frontend]
-        for r in sorted(theirs, key=lambda r: (not r.is_late, r.request_id if r.is_late else int(r.given.nonce[1:]))):
+        for r in sorted(theirs, key=lambda r: (not r.is_late, r.request_id if r.is_late else r.turn)):
             self._terminate(r, "cancelled", f"the lease of its front end {frontend} has lapsed")
             r.is_orphaned = True
         if theirs:
@@ -541,7 +572,7 @@ class Topic:
                 for i, r in self.requests.items()
             },
             "queues": dict(self.queues()),
-            "room": [r.request_id for r in self.room],
+            "room": self.room.snapshot(),
             "preferred": {i for i, r in self.requests.items() if r.waits_for_preferred},
             "inboxes": {
                 name: [(e.request_id, e.epoch, e.prefill, e.frontend) for e in instance.inbox]

@@ -16,6 +16,8 @@ from splitwise_sched.types import Role
 
 HOUR_MS = 3_600_000
 BLOCK_SIZE = 16
+PRIORITIES = {"interactive": 8, "default": 4, "batch": 1}
+TENANTS = ("-", "mine", "yours")
 
 
 class Parted(AssertionError):
@@ -63,15 +65,15 @@ async def snapshot(store: Store, names: list[str], frontends: list[str], request
 
     keys = [k.queue, *map(k.preferred, names)]
     (
-        queues, pending, registered, load, deadlines, room, preferred, dead, counters, records, bodies, leases, inboxes,
-        controls, outs, opened,
+        queues, pending, registered, load, deadlines, waiting, preferred, dead, counters, records, bodies, leases,
+        inboxes, controls, outs, opened,
     ) = await asyncio.gather(
         each(*(call("XRANGE", key, "-", "+") for key in keys)),
         asyncio.gather(*(call("XPENDING", q, PREFILL_GROUP, "-", "+", 1000) for q in keys), return_exceptions=True),
         call("SMEMBERS", k.instances),
         call("ZRANGE", k.decode_load, 0, -1, "WITHSCORES"),
         call("ZRANGE", k.deadlines, 0, -1),
-        call("ZRANGE", f"{k.prefix}waiting:default:-", 0, -1),
+        room(store),
         call("ZRANGE", f"{k.prefix}preferred", 0, -1),
         call("XRANGE", k.dead_letter, "-", "+"),
         store.counters(),
@@ -114,7 +116,7 @@ async def snapshot(store: Store, names: list[str], frontends: list[str], request
     return {
         "requests": requests,
         "queues": {name: rows for name, rows in in_queues.items() if rows or name == "queue"},
-        "room": room,
+        "room": waiting,
         "preferred": set(preferred),
         "inboxes": {n: [_inbox_row(as_dict(f)) for _, f in rows] for n, rows in zip(names, inboxes, strict=True)},
         "controls": {n: _control_rows(rows) for n, rows in zip(names, controls, strict=True)},
@@ -128,6 +130,30 @@ async def snapshot(store: Store, names: list[str], frontends: list[str], request
         "frontends": set(opened),
         "dead_letter": [(f["id"], f["why"], int(f["attempts"])) for f in (as_dict(f) for _, f in dead)],
         "counters": {name: int(n) for name, n in counters.items() if name != "instances_reaped"},
+    }
+
+
+async def room(store: Store) -> dict[str, Any]:
+    """The waiting room (lua/waiting_room.lua) in the form of ``scripts_room.Room.snapshot``."""
+    prefix = store.keys.prefix
+    rings = {"classes": "waiting", **{f"class:{priority}": f"waiting:{priority}" for priority in PRIORITIES}}
+    flows = [(priority, tenant) for priority in PRIORITIES for tenant in TENANTS]
+    starts, ends, waiting, now = await asyncio.gather(
+        asyncio.gather(*(store.call("ZRANGE", f"{prefix}{key}", 0, -1, "WITHSCORES") for key in rings.values())),
+        asyncio.gather(*(store.call("ZRANGE", f"{prefix}served:{name}", 0, -1, "WITHSCORES") for name in rings)),
+        asyncio.gather(*(store.call("ZRANGE", f"{prefix}waiting:{p}:{t}", 0, -1) for p, t in flows)),
+        store.call("HGETALL", f"{prefix}virtual-time"),
+    )
+
+    def times(rows: Any) -> dict[str, dict[str, float]]:
+        named = {name: _scores(scores) for name, scores in zip(rings, rows, strict=True) if scores}
+        return {name: {flow: round(time, 6) for flow, time in scores.items()} for name, scores in named.items()}
+
+    return {
+        "waiting": {flow: ids for flow, ids in zip(flows, waiting, strict=True) if ids},
+        "starts": times(starts),
+        "ends": times(ends),
+        "now": {name: float(time) for name, time in as_dict(now).items()},
     }
 
 

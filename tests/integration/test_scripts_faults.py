@@ -8,7 +8,7 @@ import pytest
 from hypothesis import Phase
 
 from splitwise_sched import connection
-from tests.integration.test_scripts_model import loop_of, play, run_property, store_for
+from tests.integration.test_scripts_model import loop_of, play, run_property, store_for, with_short_queue
 from tests.scripts_topic import Parted
 
 _real_texts = connection._script_texts
@@ -84,25 +84,33 @@ FAULTS: dict[str, tuple[str, str, str, list[tuple[Any, ...]]]] = {
         [*PREFILLED, ("frontend_dies", "f0"), ("cancel_orphans", "f0")],
     ),
 }  # fmt: skip
-FOUND_AT_RANDOM = (
-    "step leaves the queue's entry",
-    "let_go keeps the reservation",
-    "finish does not look at the epoch",
-    "orphans are everybody's requests",
-)
+FOUND_AT_RANDOM = ("step leaves the queue's entry", "let_go keeps the reservation", "finish does not look at the epoch")
+
+
+# What is wrong in the waiting room, which is found only when requests come into it.
+ROOM_FAULTS = {
+    "weights are not looked at": ("cost / (r and tonumber(r.weight) or 1)", "cost"),
+    "a flow that was idle has saved its share up": ("math.max(now, ended)", "ended"),
+    "a flow that comes back has not been served before": ("math.max(now, ended)", "now"),
+    "a class that is empty stays in its ring": (
+        "if redis.call('EXISTS', P .. 'waiting:' .. r.class) == 0 then redis.call('ZREM', P .. 'waiting', r.class) end",
+        "",
+    ),
+    "who leaves is counted on": (
+        "  if redis.call('ZREM', room_of(r.class, r.tenant), id) == 0 then return end\n  count('waiting', -1)\n",
+        "  if redis.call('ZREM', room_of(r.class, r.tenant), id) == 0 then return end\n",
+    ),
+}
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Every Store that is made from here on runs its scripts with the fault."""
     script, right, wrong, _ = FAULTS[fault]
-
-    def faulty() -> dict[str, str]:
-        texts = _real_texts()
-        chosen = texts if script == "common" else {script: texts[script]}
-        assert all(text.count(right) == 1 for text in chosen.values()), f"{script} no longer has {right!r} once"
-        return {**texts, **{name: text.replace(right, wrong) for name, text in chosen.items()}}
-
-    monkeypatch.setattr(connection, "_script_texts", faulty)
+    texts = _real_texts()
+    chosen = texts if script == "common" else {script: texts[script]}
+    assert all(text.count(right) == 1 for text in chosen.values()), f"{script} no longer has {right!r} once"
+    faulty = {**texts, **{name: text.replace(right, wrong) for name, text in chosen.items()}}
+    monkeypatch.setattr(connection, "_script_texts", lambda: faulty)
 
 
 def play_once(server: Any, operations: list[tuple[Any, ...]]) -> None:
@@ -128,3 +136,14 @@ def test_fault_is_found_by_random_sequences(redis_server, monkeypatch, fault):
     plant(monkeypatch, fault)
     with pytest.raises(Parted):
         run_property(redis_server, 150, (Phase.generate,))
+
+
+@pytest.mark.parametrize("fault", ROOM_FAULTS)
+def test_fault_in_the_waiting_room_is_found_by_random_sequences(redis_server, monkeypatch, fault):
+    right, wrong = ROOM_FAULTS[fault]
+    texts = with_short_queue(_real_texts())
+    assert texts["submit"].count(right) == 1
+    faulty = {name: text.replace(right, wrong) for name, text in texts.items()}
+    monkeypatch.setattr(connection, "_script_texts", lambda: faulty)
+    with pytest.raises(Parted):
+        run_property(redis_server, 150, (Phase.generate,), short_queue=2)

@@ -16,16 +16,20 @@ from splitwise_sched import connection
 from splitwise_sched.store import Store
 from tests.integration.toy import settings_for
 from tests.scripts_lab import MAX_ATTEMPTS, MAX_SIZE, Lab
+from tests.scripts_topic import PRIORITIES, TENANTS
 
-NUM_EXAMPLES = int(os.environ.get("SPLITWISE_SCRIPT_EXAMPLES", "150"))
+NUM_EXAMPLES = int(os.environ.get("SPLITWISE_SCRIPT_EXAMPLES", "100"))
 
 _frontend = st.sampled_from(["f0", "f0", "f0", "f1"])
 _rank = st.sampled_from([0, 0, 0, 0, 0, 1, 1, 2, 3])
 _size = st.sampled_from([0, 0, 0, 0, 1, 1, 2])
+_flow = (_rank, _frontend, _size, st.sampled_from(sorted(PRIORITIES)), st.sampled_from(TENANTS))
 _limit = st.sampled_from([1, 2, 100])
 # What happens, how often, and the arguments of it.
 _OPERATIONS: dict[str, tuple[int, tuple[st.SearchStrategy[Any], ...]]] = {
-    "submit": (25, (_rank, _frontend, _size)),
+    "submit": (13, (_rank, _frontend, _size)),
+    "submit_as": (12, _flow),
+    "cancel_waiting": (4, (st.integers(0, 3),)),
     "claim": (6, (_rank, st.integers(1, 3))),
     "bind": (10, (_rank,)),
     "take": (4, (_rank,)),
@@ -57,13 +61,20 @@ _one = _names.flatmap(lambda name: st.tuples(st.tuples(st.just(name), *_OPERATIO
 _preferring = st.tuples(
     st.tuples(st.just("submit"), _rank, _frontend, _size, st.sampled_from(["d0", "p0", "p1", "m0"]), st.just("m0"))
 )
+# So many at a time that some have to wait for a place in the queue, which is given to one after the other.
+_crowd = st.lists(st.tuples(st.just("submit_as"), *_flow), min_size=4, max_size=6)
+_flowing = st.lists(
+    st.tuples(st.just(("claim", 0, 1)), st.just(("bind", 0)), st.tuples(st.just("submit_as"), *_flow)), max_size=4
+).map(lambda turns: [op for turn in turns for op in turn])
 _served = st.tuples(
     st.tuples(st.just("claim"), _rank, st.integers(1, 3)),
     st.just(("bind", 0)),
     st.just(("take", 0)),
     st.just(("take", 1)),
 )
-_several = st.sampled_from([_one] * 9 + [_served] * 2 + [_preferring]).flatmap(lambda several: several)
+_several = st.sampled_from([_one] * 9 + [_served] * 2 + [_preferring, _crowd, _flowing]).flatmap(
+    lambda several: several
+)
 # Long ones as a rule; from short ones it can shrink to nothing.
 OPERATIONS = st.sampled_from([0, 30, 30, 30]).flatmap(
     lambda n: st.lists(_several, min_size=n, max_size=n + 30).map(lambda parts: [op for part in parts for op in part])
@@ -118,13 +129,17 @@ def run_property(server: Any, num_examples: int, phases: Sequence[Phase], short_
         holds()
 
 
-def test_every_sequence_of_operations_does_what_the_model_says(redis_server, monkeypatch):
-    """With a queue so short that requests come into the waiting room."""
-    texts = {
-        name: text.replace("local SHORT_QUEUE = 64\n", "local SHORT_QUEUE = 2\n")
-        for name, text in connection._script_texts().items()
+def with_short_queue(texts: dict[str, str]) -> dict[str, str]:
+    """A queue so short that requests come into the waiting room."""
+    changed = {
+        name: text.replace("local SHORT_QUEUE = 64\n", "local SHORT_QUEUE = 2\n") for name, text in texts.items()
     }
-    assert "local SHORT_QUEUE = 2\n" in texts["submit"]
-    assert not any("local SHORT_QUEUE = 64" in text for text in texts.values())
+    assert "local SHORT_QUEUE = 2\n" in changed["submit"]
+    assert not any("local SHORT_QUEUE = 64" in text for text in changed.values())
+    return changed
+
+
+def test_every_sequence_of_operations_does_what_the_model_says(redis_server, monkeypatch):
+    texts = with_short_queue(connection._script_texts())
     monkeypatch.setattr(connection, "_script_texts", lambda: texts)
     run_property(redis_server, NUM_EXAMPLES, (Phase.generate, Phase.shrink), short_queue=2)

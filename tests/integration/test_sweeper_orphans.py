@@ -92,7 +92,9 @@ async def test_requests_of_a_dead_front_end_are_cancelled_wherever_they_are(stor
     by_state = {state: {i for i, r in zip(ids, before, strict=True) if r["state"] == state} for state in states}
     assert dropped["d"] >= by_state["decode"] | by_state["prefill"] and dropped["p"] >= by_state["prefill"]
     now = await snapshot(store, ["p", "d"], ["f0", "f1"], ids)
-    assert now["leases"]["d"] == (0, 0) and not now["inboxes"]["d"] and not now["preferred"] and not now["room"]
+    assert (
+        now["leases"]["d"] == (0, 0) and not now["inboxes"]["d"] and not now["preferred"] and not now["room"]["waiting"]
+    )
     assert now["deadlines"] == {"other"} and "f0" not in now["out"] and now["frontends"] == {"f1"}
     assert not any(r["body"] for r in now["requests"].values()) and now["counters"]["waiting"] == 0
     ((run, *_),) = [await serve(store, "p", 64)]
