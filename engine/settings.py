@@ -57,7 +57,7 @@ class EngineSettings(ExplicitSettings):
         "auto", description="Type of weights and KV; auto is the model's own."
     )
     device: str = Field("cpu", description="cpu, cuda or cuda:<n>.")
-    block_size: int = Field(16, ge=1, le=4096, description="Tokens in a KV block; equal on all instances of a topic.")
+    block_size: int = Field(16, ge=1, le=4096, description="Tokens in a KV block; may differ between instances.")
     num_gpu_blocks_override: int | None = Field(
         None, ge=2, description="KV blocks in the pool. Left out: as many as fit into --kv-memory-mb."
     )

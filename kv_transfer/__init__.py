@@ -9,6 +9,7 @@ from kv_transfer.errors import (
     KVTransferError,
     LayoutMismatch,
     MessengerClosed,
+    PoolNotServed,
     PoolUnavailable,
     TransportFailed,
     UnknownTransport,
@@ -18,8 +19,14 @@ from kv_transfer.layout import KVLayout, check_compatible
 from kv_transfer.memory import KVPool
 from kv_transfer.messenger import Messenger
 from kv_transfer.options import TransferOptions, parse_protocols
+from kv_transfer.placement import Base, Placement
+from kv_transfer.pool import BlockPool
+from kv_transfer.tickets import NOT_WANTED
 
 __all__ = [
+    "NOT_WANTED",
+    "Base",
+    "BlockPool",
     "InvalidEndpoint",
     "InvalidLayout",
     "InvalidOptions",
@@ -30,6 +37,8 @@ __all__ = [
     "LayoutMismatch",
     "Messenger",
     "MessengerClosed",
+    "Placement",
+    "PoolNotServed",
     "PoolUnavailable",
     "RankEndpoint",
     "Received",

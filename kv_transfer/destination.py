@@ -14,8 +14,9 @@ from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.errors import LayoutMismatch, ProtocolError, TransportFailed
 from kv_transfer.events import Received, TransferEvent, TransferFailed
 from kv_transfer.options import TransferOptions
+from kv_transfer.pairing import grid_of, source_ranks
 from kv_transfer.peer import Peer, PeerState
-from kv_transfer.plan import IntArray, plan_pair, source_ranks
+from kv_transfer.plan import IntArray, plan_pair
 from kv_transfer.protocol import (
     WIRE_VERSION,
     Abort,
@@ -79,7 +80,9 @@ class DestinationSide:
             self._counters.add("receive_failed_total")
             self._report(TransferFailed(transfer_id, str(exc), ", ".join(e.describe() for e in source[:4])))
             return
-        transfer = ReceiveTransfer(transfer_id, block_ids, legs, now=now, deadline_s=deadline_s)
+        transfer = ReceiveTransfer(
+            transfer_id, block_ids, legs, block_size=self._own.layout.block_size, now=now, deadline_s=deadline_s
+        )
         self._receives[transfer_id] = transfer
         for leg in legs:
             peer = self._peers[leg.peer]
@@ -178,10 +181,12 @@ class DestinationSide:
                 peer.keep_alive(now)
 
     def _plan_legs(self, source: Sequence[RankEndpoint], now: float) -> list[Leg]:
-        tp_size = source[0].tp_size
-        ranks = {endpoint.tp_rank: endpoint for endpoint in source if endpoint.tp_size == tp_size}
-        if len(source) != tp_size or len(ranks) != tp_size:
-            raise ProtocolError(f"{len(source)} endpoints do not make up the {tp_size} ranks of {source[0].name}")
+        first = source[0].layout
+        ranks = {e.layout.rank: e for e in source if grid_of(e.layout) == grid_of(first)}
+        if len(source) != first.num_ranks or len(ranks) != first.num_ranks:
+            raise ProtocolError(
+                f"{len(source)} endpoints do not make up the {first.num_ranks} ranks of {source[0].name}"
+            )
         for endpoint in source:
             if endpoint.wire_version != WIRE_VERSION:
                 raise ProtocolError(
@@ -191,7 +196,7 @@ class DestinationSide:
         # All of them before any is connected to: an incompatible instance costs nothing.
         plans = {rank: plan_pair(endpoint.layout, self._own.layout) for rank, endpoint in ranks.items()}
         legs = []
-        for rank in source_ranks(self._own.layout.num_kv_heads, tp_size, self._own.tp_size, self._own.tp_rank):
+        for rank in source_ranks(first, self._own.layout):
             endpoint = ranks[rank]
             peer = self._current.get(endpoint.nonce)
             if peer is None or peer.endpoint != endpoint:
@@ -206,7 +211,7 @@ class DestinationSide:
                     now=now,
                 )
                 self._current[endpoint.nonce] = self._peers[peer.key] = peer
-            legs.append(Leg(peer.key, peer.name, plans[rank], endpoint.layout.num_blocks))
+            legs.append(Leg(peer.key, peer.name, plans[rank], endpoint.layout.num_blocks, endpoint.layout.block_size))
         return legs
 
     def _handle(self, peer: Peer, message: Message, now: float) -> str | None:
@@ -311,8 +316,7 @@ class DestinationSide:
         if isinstance(event, Received):
             self._counters.add("received_total")
             for leg in transfer.legs.values():
-                size = leg.plan.bytes_per_block * event.stats.num_blocks
-                self._counters.add(f"bytes_received_{leg.lane}", size)
+                self._counters.add(f"bytes_received_{leg.lane}", leg.num_bytes)
         else:
             self._counters.add("receive_failed_total")
         for leg in transfer.legs.values():

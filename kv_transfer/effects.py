@@ -44,7 +44,7 @@ class Forget:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Destination: copy blocks from a source rank; ``fetched`` is to be called as they arrive."""
+    """Destination: copy units from a source rank; ``fetched`` is to be called as they arrive."""
 
     peer: PeerKey
     token: Token

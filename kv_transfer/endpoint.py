@@ -23,7 +23,7 @@ Offer = Mapping[str, "str | int"]
 
 @dataclass(frozen=True, slots=True)
 class RankEndpoint:
-    """Where one TP rank's messenger is, and what it offers.
+    """Where one rank's messenger is, and what it offers.
 
     Attributes:
         name: for people, in logs and errors.
@@ -51,7 +51,7 @@ class RankEndpoint:
 
     def describe(self) -> str:
         """For an error or a log line."""
-        return f"{self.name} rank {self.tp_rank} at {self.host}:{self.control_port}"
+        return f"{self.name} rank {self.layout.rank} at {self.host}:{self.control_port}"
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON types; ``from_dict`` reads them back."""

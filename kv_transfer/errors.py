@@ -106,3 +106,7 @@ class NicUnavailable(KVTransferError):
     def __init__(self, nic: str, why: str) -> None:
         super().__init__(f"RDMA device {nic!r}: {why}" if nic else why)
         self.nic, self.why = nic, why
+
+
+class PoolNotServed(TransportFailed):
+    """A transport cannot serve blocks out of this kind of pool; peers fetch by another one that both have."""

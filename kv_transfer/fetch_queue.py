@@ -11,10 +11,10 @@ from kv_transfer.plan import IntArray
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Blocks that one call of a transport fetches.
+    """Units that one call of a transport fetches.
 
     Attributes:
-        src_ids, dst_ids: [num_blocks]
+        src_ids, dst_ids: of units, [num_units]
     """
 
     chunk_id: int
@@ -26,15 +26,15 @@ class Chunk:
 class FetchQueue:
     """What is waiting and what is under way, of all transfers with one peer."""
 
-    def __init__(self, blocks_per_chunk: int, window_chunks: int) -> None:
-        self._blocks_per_chunk = max(1, blocks_per_chunk)
+    def __init__(self, units_per_chunk: int, window_chunks: int) -> None:
+        self._units_per_chunk = max(1, units_per_chunk)
         self._window = window_chunks
         self._waiting: OrderedDict[Token, deque[tuple[IntArray, IntArray]]] = OrderedDict()
         self._under_way: dict[int, tuple[Token, int]] = {}
         self._next_id = 0
 
     def add(self, token: Token, src_ids: IntArray, dst_ids: IntArray) -> None:
-        """Ask for blocks, after those that the transfer has asked for before."""
+        """Ask for units, after those that the transfer has asked for before."""
         self._waiting.setdefault(token, deque()).append((src_ids, dst_ids))
 
     def next(self) -> Chunk | None:
@@ -43,7 +43,7 @@ class FetchQueue:
             return None
         token, pieces = next(iter(self._waiting.items()))
         src_ids, dst_ids = pieces.popleft()
-        most = self._blocks_per_chunk
+        most = self._units_per_chunk
         if len(src_ids) > most:
             pieces.appendleft((src_ids[most:], dst_ids[most:]))
             src_ids, dst_ids = src_ids[:most], dst_ids[:most]
@@ -57,7 +57,7 @@ class FetchQueue:
         return chunk
 
     def done(self, chunk_id: int) -> tuple[Token, int] | None:
-        """A chunk is here: its transfer and its number of blocks; None when it was dropped."""
+        """A chunk is here: its transfer and its number of units; None when it was dropped."""
         return self._under_way.pop(chunk_id, None)
 
     def drop(self, token: Token) -> None:

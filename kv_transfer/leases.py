@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kv_transfer.plan import IntArray, PairPlan
+from kv_transfer.views import BlockView
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +18,13 @@ class Lease:
 
     Attributes:
         session: data token of the connection that the receiver was introduced on.
+        view: of our pool by the plan; for the one thread of a transport that serves this session.
         allowed: [num_blocks] of the source's pool.
     """
 
     session: bytes
     plan: PairPlan
+    view: BlockView
     allowed: npt.NDArray[np.bool_]
 
 
@@ -49,10 +52,10 @@ class LeaseTable:
         with self._lock:
             return session in self._sessions
 
-    def grant(self, token: bytes, session: bytes, plan: PairPlan) -> None:
+    def grant(self, token: bytes, session: bytes, plan: PairPlan, view: BlockView) -> None:
         """A receiver has reserved; it may fetch nothing yet."""
         with self._lock:
-            self._leases[token] = Lease(session, plan, np.zeros(self._num_blocks, np.bool_))
+            self._leases[token] = Lease(session, plan, view, np.zeros(self._num_blocks, np.bool_))
 
     def allow(self, token: bytes, block_ids: IntArray) -> None:
         """Add blocks to what ``token`` may fetch; ids are of this pool."""
@@ -66,12 +69,13 @@ class LeaseTable:
         with self._lock:
             self._leases.pop(token, None)
 
-    def find(self, token: bytes, session: bytes, block_ids: IntArray) -> PairPlan | None:
-        """The plan by which a connection of ``session`` may fetch these blocks now; None when it may not."""
+    def find(self, token: bytes, session: bytes, unit_ids: IntArray) -> Lease | None:
+        """The lease by which a connection of ``session`` may fetch these units now; None when it may not."""
         with self._lock:
             lease = self._leases.get(token)
             if lease is None or lease.session != session:
                 return None
+            block_ids = unit_ids if lease.plan.src_units == 1 else unit_ids // lease.plan.src_units
             if block_ids.size and int(block_ids.max()) >= self._num_blocks:
                 return None
-            return lease.plan if bool(lease.allowed[block_ids].all()) else None
+            return lease if bool(lease.allowed[block_ids].all()) else None

@@ -1,4 +1,4 @@
-"""One rank's KV pool: a single memfd that engines compute in, peers on the host map, and sockets are fed from."""
+"""One rank's KV pool in memory of our own: a single memfd that engines compute in and peers on the host map."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import struct
 from types import TracebackType
 
 import numpy as np
-import numpy.typing as npt
 
 from kv_transfer.errors import PoolUnavailable
-from kv_transfer.layout import KVLayout
-
-ByteArray = npt.NDArray[np.uint8]
+from kv_transfer.layout import KVLayout, placement_of
+from kv_transfer.placement import Placement
+from kv_transfer.plan import PairPlan
+from kv_transfer.pool import BlockPool
+from kv_transfer.views import BlockView, ByteArray, HostView
 
 NONCE_BYTES = 16
 TRAILER = struct.Struct(f"<8s{NONCE_BYTES}sQ")
@@ -26,22 +27,22 @@ _F_SEAL_FUTURE_WRITE = 0x0010
 _MADV_POPULATE_WRITE = 23
 
 
-class KVPool:
-    """A contiguous, zeroed pool of KV blocks, shared memory from its first byte on.
+class KVPool(BlockPool):
+    """A zeroed pool of KV blocks, shared memory from its first byte on.
 
-    Whoever allocates it closes it, after the engine's tensors and the messenger are gone. The file holds the blocks
-    from offset 0, then, from the next page boundary, a trailer with a random nonce by which a peer that maps it can
-    tell that it found this pool and not another one. It is sealed: nobody can resize it, and no other process can
+    Whoever allocates it closes it, after the engine's tensors and the messenger are gone. The file holds the regions
+    one after the other, each from a page boundary on, then a trailer with a random nonce by which a peer that maps it
+    can tell that it found this pool and not another one. It is sealed: nobody can resize it, and no other process can
     write to it.
 
     Attributes:
-        fd: the memfd; for ``os.sendfile`` and for peers that open it through /proc.
+        fd: the memfd; for peers that open it through /proc.
         nonce: of this pool; [16] bytes.
     """
 
     def __init__(self, layout: KVLayout, fd: int, mapping: mmap.mmap, nonce: bytes) -> None:
         """For ``allocate``; takes ownership of ``fd`` and ``mapping``."""
-        self.layout = layout
+        super().__init__(layout)
         self.fd = fd
         self.nonce = nonce
         self._mapping: mmap.mmap | None = mapping
@@ -55,7 +56,7 @@ class KVPool:
         Raises:
             PoolUnavailable: the host has not that much memory, or no memfd.
         """
-        offset = trailer_offset(layout.pool_bytes)
+        offset = region_offsets(placement_of(layout))[-1]
         total = offset + mmap.PAGESIZE
         available = _available_bytes()
         if total > available:
@@ -83,22 +84,37 @@ class KVPool:
         return cls(layout, fd, mapping, nonce)
 
     @property
-    def buffer(self) -> memoryview:
-        """All blocks, writable; [pool_bytes]. What views outlive the pool keep its memory, though no peer finds it."""
+    def regions(self) -> tuple[ByteArray, ...]:
+        """Each region's bytes, writable. What views outlive the pool keep its memory, though no peer finds it."""
         if self._mapping is None:
             raise ValueError("this KV pool is closed")
-        return memoryview(self._mapping)[: self.layout.pool_bytes]
+        placement = placement_of(self.layout)
+        return tuple(
+            np.frombuffer(self._mapping, np.uint8, size, offset)
+            for size, offset in zip(placement.region_bytes, region_offsets(placement), strict=False)
+        )
+
+    @property
+    def buffer(self) -> memoryview:
+        """All bytes of a pool that has one region, writable; [pool_bytes]."""
+        (region,) = self.regions
+        return region.data
 
     def as_array(self) -> ByteArray:
-        """All blocks, writable: uint8 [num_blocks, block_bytes]; no copy."""
+        """All blocks of a pool that is packed block-major, writable: uint8 [num_blocks, block_bytes]; no copy."""
+        if self.layout.placement is not None or not self.layout.packing.startswith("block-major"):
+            raise ValueError(f"the blocks of a {self.layout.packing} pool are not contiguous: use regions")
         return np.frombuffer(self.buffer, dtype=np.uint8).reshape(self.layout.num_blocks, self.layout.block_bytes)
 
     def block_view(self, block_id: int, layer: int) -> ByteArray:
-        """One block of one layer, writable: uint8 [layer_block_bytes]; no copy."""
-        if not 0 <= block_id < self.layout.num_blocks or not 0 <= layer < self.layout.num_layers:
+        """One block of one layer of a block-major pool, writable: uint8 [layer_block_bytes]; no copy."""
+        if not 0 <= block_id < self.layout.num_blocks or not 0 <= layer < self.layout.num_rank_layers:
             raise IndexError(f"block {block_id} of layer {layer} is outside this pool")
         size = self.layout.layer_block_bytes
         return self.as_array()[block_id, layer * size : (layer + 1) * size]
+
+    def view(self, plan: PairPlan, side: str) -> BlockView:
+        return HostView(plan, side, self.layout.num_blocks, self.regions)
 
     def close(self) -> None:
         """Give the memory back. Idempotent. Pages still seen by an engine's tensor go when that tensor does."""
@@ -112,6 +128,10 @@ class KVPool:
             # Somebody still holds a view: unmapping now would crash it. The last view's end unmaps.
             pass
 
+    @property
+    def shared_file(self) -> tuple[int, bytes]:
+        return self.fd, self.nonce
+
     def __enter__(self) -> KVPool:
         return self
 
@@ -121,9 +141,12 @@ class KVPool:
         self.close()
 
 
-def trailer_offset(pool_bytes: int) -> int:
-    """Where the trailer of a pool's file begins."""
-    return -(-pool_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+def region_offsets(placement: Placement) -> list[int]:
+    """Where the regions of a pool's file begin, and then its trailer; [num_regions + 1]."""
+    offsets = [0]
+    for size in placement.region_bytes:
+        offsets.append(-(-(offsets[-1] + size) // mmap.PAGESIZE) * mmap.PAGESIZE)
+    return offsets
 
 
 def _available_bytes() -> int:

@@ -19,8 +19,8 @@ from kv_transfer.events import TransferEvent, TransferFailed
 from kv_transfer.identity import ProcessIdentity
 from kv_transfer.layout import MAX_NAME_CHARS
 from kv_transfer.leases import LeaseTable
-from kv_transfer.memory import KVPool
 from kv_transfer.options import TransferOptions
+from kv_transfer.pool import BlockPool
 from kv_transfer.protocol import MAX_AUX_BYTES, WIRE_VERSION
 from kv_transfer.source import SourceSide
 from kv_transfer.tickets import ReceiveTicket, SendTicket, TicketBook
@@ -51,7 +51,7 @@ class Messenger:
     """
 
     def __init__(
-        self, pool: KVPool, options: TransferOptions, *, name: str, on_event: Callable[[], None] | None = None
+        self, pool: BlockPool, options: TransferOptions, *, name: str, on_event: Callable[[], None] | None = None
     ) -> None:
         """
         Args:
@@ -119,6 +119,7 @@ class Messenger:
         )
         self._source = SourceSide(
             own=own,
+            pool=self._pool,
             options=options,
             control=control,
             leases=self._leases,
@@ -192,6 +193,7 @@ class Messenger:
         Args:
             source: the endpoints of all TP ranks of the source instance.
             block_ids: where the blocks go, in the transfer's order; from now to the event the messenger writes them.
+                ``NOT_WANTED`` in the place of one that is here already, such as those of a cached prefix.
             deadline_s: from now to its end; then it fails.
         Raises:
             InvalidTransfer: the id is in use, blocks do not exist or are named twice, no source, too many transfers.

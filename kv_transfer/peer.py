@@ -64,7 +64,7 @@ class Peer:
         self.tokens: set[Token] = set()
         self.link: Link | None = None
         self.lane = ""
-        self.queue = FetchQueue(options.chunk_bytes // max(1, plan.bytes_per_block), options.window_chunks)
+        self.queue = FetchQueue(options.chunk_bytes // max(1, plan.unit_bytes), options.window_chunks)
         self.last_heard = now
         self.idle_since = now
         self._last_ping = now

@@ -1,57 +1,99 @@
 """Which bytes go from a source rank's blocks to a destination rank's blocks. Pure.
 
-Blocks are ``[layer][plane][token]`` rows of KV heads. Where both ranks hold the same heads a block moves whole;
-otherwise the same slice of every row moves. A head that several source ranks hold is taken from one of them.
+What moves is counted in units: a block where both sides have blocks of one size, else the largest stretch of tokens
+that blocks of either side are made of. Units of a pool are numbered through, block by block. A plan holds the parts
+that every unit is made of, each one a strided copy, as few and as contiguous as the two placements allow. It depends
+on no block id, and is made once for a pair.
+
+The bytes of several units on their way are ordered by part, then unit, then the part's dimensions. Both sides come to
+the same plan from the same two layouts, so that a stream needs no description.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from kv_transfer.layout import KVLayout, check_compatible
-from kv_transfer.memory import ByteArray
+from kv_transfer.errors import LayoutMismatch
+from kv_transfer.layout import KVLayout, check_compatible, placement_of
+from kv_transfer.pairing import Share, share_of
+from kv_transfer.placement import Base
 
 IntArray = npt.NDArray[np.int64]
+MAX_UNITS = 2**32 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Where one part of the units lies in a pool; offsets and strides are in bytes.
+
+    Attributes:
+        region: of the pool.
+        offset: of block 0's first unit.
+        block_stride, unit_stride: from block to block, and from unit to unit of a block.
+        strides: of the part's dimensions but the last.
+    """
+
+    region: int
+    offset: int
+    block_stride: int
+    unit_stride: int
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The same rectangle of bytes out of every unit.
+
+    Attributes:
+        shape: the last dimension is of contiguous bytes on both sides.
+    """
+
+    shape: tuple[int, ...]
+    src: Side
+    dst: Side
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is contiguous on both sides."""
+        return len(self.shape) == 1
 
 
 @dataclass(frozen=True, slots=True)
 class PairPlan:
-    """What one destination rank takes out of each block of one source rank.
+    """What one destination rank takes out of each unit of one source rank.
 
-    A block is seen as ``num_rows`` rows; ``width`` bytes move of each. Zero width: no bytes, but the pair still
-    agrees on the transfer's end, because every source rank must learn when it may free its blocks.
+    Without parts: no bytes, but the pair still agrees on the transfer's end.
+
+    Attributes:
+        parts: of each unit, in the order in which they are on their way.
+        layers: of each unit, ``(model-wide layer, parts)``: the same bytes, cut at the layers.
+        src_units, dst_units: that one block of either side is made of.
     """
 
     src_rank: int
     dst_rank: int
-    num_rows: int
-    width: int
-    src_row_bytes: int
-    src_offset: int
-    dst_row_bytes: int
-    dst_offset: int
+    parts: tuple[Part, ...]
+    layers: tuple[tuple[int, tuple[Part, ...]], ...]
+    src_units: int
+    dst_units: int
 
     @property
-    def is_whole_block(self) -> bool:
-        return self.num_rows == 1 and self.width == self.src_row_bytes == self.dst_row_bytes
+    def is_empty(self) -> bool:
+        return not self.parts
 
     @property
-    def bytes_per_block(self) -> int:
-        return self.num_rows * self.width
-
-    def src_rows(self, pool: ByteArray) -> ByteArray:
-        """What moves out of a source pool [num_blocks, block_bytes], as a view [num_blocks, num_rows, width]."""
-        rows = pool.reshape(pool.shape[0], self.num_rows, self.src_row_bytes)
-        return rows[:, :, self.src_offset : self.src_offset + self.width]
-
-    def dst_rows(self, pool: ByteArray) -> ByteArray:
-        """Where it goes in a destination pool [num_blocks, block_bytes], as a view [num_blocks, num_rows, width]."""
-        rows = pool.reshape(pool.shape[0], self.num_rows, self.dst_row_bytes)
-        return rows[:, :, self.dst_offset : self.dst_offset + self.width]
+    def unit_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.parts)
 
 
 def plan_pair(src: KVLayout, dst: KVLayout) -> PairPlan:
@@ -61,38 +103,36 @@ def plan_pair(src: KVLayout, dst: KVLayout) -> PairPlan:
         LayoutMismatch: their blocks do not mean the same.
     """
     check_compatible(dst, src)
-    ranks = src.tp_rank, dst.tp_rank
-    heads = _heads_taken(dst.num_kv_heads, src.tp_size, dst.tp_size, dst.tp_rank).get(src.tp_rank)
-    if heads is None:
-        return PairPlan(*ranks, src.rows_per_block, 0, src.row_bytes, 0, dst.row_bytes, 0)
-    first, count = heads
-    if count == src.num_rank_heads == dst.num_rank_heads:
-        return PairPlan(*ranks, 1, src.block_bytes, src.block_bytes, 0, dst.block_bytes, 0)
+    share = share_of(src, dst)
+    unit_tokens = math.gcd(src.block_size, dst.block_size)
+    src_units, dst_units = src.block_size // unit_tokens, dst.block_size // unit_tokens
+    for layout, units in ((src, src_units), (dst, dst_units)):
+        if layout.num_blocks * units > MAX_UNITS:
+            raise LayoutMismatch("block_size", str(dst.block_size), str(src.block_size))
+    if share is None:
+        return PairPlan(src.rank, dst.rank, (), (), src_units, dst_units)
+    layers = _layers(src, dst, share, unit_tokens)
     return PairPlan(
-        *ranks,
-        num_rows=src.rows_per_block,
-        width=count * src.head_bytes,
-        src_row_bytes=src.row_bytes,
-        src_offset=(first - src.first_head) * src.head_bytes,
-        dst_row_bytes=dst.row_bytes,
-        dst_offset=(first - dst.first_head) * dst.head_bytes,
+        src_rank=src.rank,
+        dst_rank=dst.rank,
+        parts=_fold_layers([part for _, parts in layers for part in parts], len(layers)),
+        layers=tuple((layer, tuple(_coalesce(part) for part in parts)) for layer, parts in layers),
+        src_units=src_units,
+        dst_units=dst_units,
     )
 
 
-def source_ranks(num_kv_heads: int, src_tp_size: int, dst_tp_size: int, dst_rank: int) -> list[int]:
-    """The source ranks that a destination rank has to do with, in rank order.
-
-    Besides those that it takes bytes from: its share of the ones that nobody takes bytes from.
-    """
-    taken = set(_heads_taken(num_kv_heads, src_tp_size, dst_tp_size, dst_rank))
-    return sorted(
-        taken | {r for r in _idle_ranks(num_kv_heads, src_tp_size, dst_tp_size) if r % dst_tp_size == dst_rank}
-    )
+def hold_the_same(num_blocks: int, block_size: int, other_num_blocks: int, other_block_size: int) -> bool:
+    """Whether some number of tokens needs just so many blocks of one size, and so many of another."""
+    least, most = (num_blocks - 1) * block_size, num_blocks * block_size
+    return least < other_num_blocks * other_block_size and (other_num_blocks - 1) * other_block_size < most
 
 
-def destination_ranks(num_kv_heads: int, src_tp_size: int, dst_tp_size: int, src_rank: int) -> list[int]:
-    """The destination ranks that have to do with a source rank: those whose ``source_ranks`` name it."""
-    return [d for d in range(dst_tp_size) if src_rank in source_ranks(num_kv_heads, src_tp_size, dst_tp_size, d)]
+def units_of(block_ids: IntArray, units_per_block: int) -> IntArray:
+    """Numbers of the units that blocks are made of, in order; what is negative stays so."""
+    if units_per_block == 1:
+        return block_ids
+    return (block_ids[:, None] * units_per_block + np.arange(units_per_block)).reshape(-1)
 
 
 def merge_runs(src_ids: IntArray, dst_ids: IntArray) -> list[tuple[int, int, int]]:
@@ -105,24 +145,103 @@ def merge_runs(src_ids: IntArray, dst_ids: IntArray) -> list[tuple[int, int, int
     return list(zip(src_ids[starts].tolist(), dst_ids[starts].tolist(), counts.tolist(), strict=True))
 
 
-@lru_cache(maxsize=4096)
-def _heads_taken(num_kv_heads: int, src_tp_size: int, dst_tp_size: int, dst_rank: int) -> dict[int, tuple[int, int]]:
-    """``{source rank: (first head, number of heads)}`` that a destination rank takes; the heads are neighbours."""
-    src_copies = max(1, src_tp_size // num_kv_heads)
-    dst_copies = max(1, dst_tp_size // num_kv_heads)
-    first = dst_rank * num_kv_heads // dst_tp_size
-    count = max(1, num_kv_heads // dst_tp_size)
-    # Copies of a head are shared out over the ranks that want it; with equal TP sizes, each takes from its own rank.
-    copy = dst_rank % dst_copies * src_copies // dst_copies
-    taken: dict[int, tuple[int, int]] = {}
-    for head in range(first, first + count):
-        rank = head * src_tp_size // num_kv_heads + copy
-        start, so_far = taken.get(rank, (head, 0))
-        taken[rank] = start, so_far + 1
-    return taken
+def _layers(src: KVLayout, dst: KVLayout, share: Share, unit_tokens: int) -> list[tuple[int, list[Part]]]:
+    """By layer: the planes' parts, or one part for both where it can be."""
+    src_place, dst_place = placement_of(src), placement_of(dst)
+    dims = []
+    if src.has_token_axis:
+        dims.append((unit_tokens, src_place.token_stride, dst_place.token_stride))
+    if src.has_head_axis:
+        dims.append((share.num_heads, src_place.head_stride, dst_place.head_stride))
+    skipped = (share.first_head - src.first_head) * src_place.head_stride if src.has_head_axis else 0
+    left_out = (share.first_head - dst.first_head) * dst_place.head_stride if dst.has_head_axis else 0
+    planes, found = src.kv_planes, []
+    for layer in range(share.first_layer, share.first_layer + share.num_layers):
+        at_src, at_dst = layer - src.first_layer, layer - dst.first_layer
+        run = src.shape.run_bytes[at_src]
+        parts = []
+        for src_base, dst_base in zip(
+            src_place.bases[at_src * planes : (at_src + 1) * planes],
+            dst_place.bases[at_dst * planes : (at_dst + 1) * planes],
+            strict=True,
+        ):
+            parts.append(
+                Part(
+                    shape=(*(count for count, _, _ in dims), run),
+                    src=_side(src_base, skipped, unit_tokens * src_place.token_stride, [s for _, s, _ in dims]),
+                    dst=_side(dst_base, left_out, unit_tokens * dst_place.token_stride, [d for _, _, d in dims]),
+                )
+            )
+        found.append((layer, _fold(parts)))
+    return found
 
 
-@lru_cache(maxsize=256)
-def _idle_ranks(num_kv_heads: int, src_tp_size: int, dst_tp_size: int) -> frozenset[int]:
-    busy = {r for d in range(dst_tp_size) for r in _heads_taken(num_kv_heads, src_tp_size, dst_tp_size, d)}
-    return frozenset(range(src_tp_size)) - busy
+def _side(base: Base, moved: int, unit_stride: int, strides: Iterable[int]) -> Side:
+    return Side(base.region, base.offset + moved, base.block_stride, unit_stride, tuple(strides))
+
+
+def _fold_layers(parts: list[Part], num_layers: int) -> tuple[Part, ...]:
+    """Parts of all layers as one part where they are evenly spaced; K and V each by itself, if need be."""
+    per_layer, rest = divmod(len(parts), num_layers)
+    if rest:
+        return tuple(_coalesce(part) for part in parts)
+    folded = [_fold(parts[plane::per_layer]) for plane in range(per_layer)]
+    if all(len(found) == 1 for found in folded):
+        return tuple(_coalesce(found[0]) for found in folded)
+    return tuple(_coalesce(part) for part in parts)
+
+
+def _fold(parts: list[Part]) -> list[Part]:
+    """Parts of one shape at even distances on either side, as one part with one dimension more; else as they are."""
+    first = parts[0]
+    if len(parts) == 1:
+        return parts
+    for part in parts[1:]:
+        if part.shape != first.shape or not _is_shifted(part.src, first.src) or not _is_shifted(part.dst, first.dst):
+            return parts
+    distances = []
+    for offsets in ([part.src.offset for part in parts], [part.dst.offset for part in parts]):
+        found = {later - earlier for earlier, later in pairwise(offsets)}
+        if len(found) != 1 or min(found) <= 0:
+            return parts
+        distances.append(found.pop())
+    src, dst = (
+        Side(side.region, side.offset, side.block_stride, side.unit_stride, (distance, *side.strides))
+        for side, distance in zip((first.src, first.dst), distances, strict=True)
+    )
+    return [Part((len(parts), *first.shape), src, dst)]
+
+
+def _is_shifted(side: Side, other: Side) -> bool:
+    """Whether two differ in nothing but their offset."""
+    return (side.region, side.block_stride, side.unit_stride, side.strides) == (
+        other.region,
+        other.block_stride,
+        other.unit_stride,
+        other.strides,
+    )
+
+
+def _coalesce(part: Part) -> Part:
+    """The same bytes with as few dimensions as can be, the destination's largest stride first."""
+    *counts, run = part.shape
+    dims = sorted(zip(part.dst.strides, part.src.strides, counts, strict=True), reverse=True)
+    merged: list[tuple[int, int, int]] = [(1, 1, run)]
+    for dst_stride, src_stride, count in reversed(dims):
+        inner_dst, inner_src, inner_count = merged[-1]
+        if count == 1:
+            continue
+        if (dst_stride, src_stride) == (inner_count * inner_dst, inner_count * inner_src):
+            merged[-1] = inner_dst, inner_src, inner_count * count
+        else:
+            merged.append((dst_stride, src_stride, count))
+    merged.reverse()
+    return Part(
+        shape=tuple(count for _, _, count in merged),
+        src=_with_strides(part.src, [src for _, src, _ in merged[:-1]]),
+        dst=_with_strides(part.dst, [dst for dst, _, _ in merged[:-1]]),
+    )
+
+
+def _with_strides(side: Side, strides: Sequence[int]) -> Side:
+    return Side(side.region, side.offset, side.block_stride, side.unit_stride, tuple(strides))

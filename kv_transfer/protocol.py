@@ -20,6 +20,7 @@ version, and ``Refused`` is the same in all, so that two versions can tell each 
 
 History of WIRE_VERSION:
     1  the first one
+    2  layouts with strides, stages and unequal block sizes; Applied says how many bytes
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import msgpack
 
 from kv_transfer.errors import ProtocolError
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 TOKEN_BYTES = 16
 DIGEST_BYTES = 32
 MAX_TRANSFER_ID_CHARS = 200
@@ -127,6 +128,7 @@ class Reserve:
 
     Attributes:
         token: names this rank's part of the transfer in every later message; random, never used twice.
+        num_blocks: of the destination, those that it does not want included.
         lane: the transport that the destination fetches with; for the source's statistics.
     """
 
@@ -160,7 +162,10 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
+    """Every byte is in the destination's pool; ``num_bytes`` of them came from this source, for its statistics."""
+
     token: bytes = _token()
+    num_bytes: int = _number(0, 2**63 - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from kv_transfer.effects import Cancel, Effect, Fetch, PeerKey, Report, Tell, Token
 from kv_transfer.events import Received, TransferFailed, TransferStats
-from kv_transfer.plan import IntArray, PairPlan
+from kv_transfer.plan import IntArray, PairPlan, hold_the_same, units_of
 from kv_transfer.protocol import TOKEN_BYTES, Abort, Applied, Drained, Reserve, printable
 
 
@@ -27,40 +27,59 @@ class Leg:
     """One source rank's part.
 
     Attributes:
-        src_num_blocks: of the source's pool.
+        src_num_blocks, src_block_size: of the source's pool.
         reserved: the source has been told of the transfer.
+        num_announced: blocks of the source.
+        num_wanted: units that were announced and are not left out.
     """
 
     peer: PeerKey
     name: str
     plan: PairPlan
     src_num_blocks: int
+    src_block_size: int
     token: Token = field(default_factory=lambda: secrets.token_bytes(TOKEN_BYTES))
     lane: str = ""
     reserved: bool = False
     num_announced: int = 0
+    num_wanted: int = 0
     num_fetched: int = 0
     aux: bytes | None = None
     applied: bool = False
     confirmed: bool = False
     cancelled: bool = False
 
+    @property
+    def num_bytes(self) -> int:
+        """That were fetched."""
+        return self.num_fetched * self.plan.unit_bytes
+
 
 class ReceiveTransfer:
     """Every method returns what is to be done, in order; after a Report the machine is to be dropped."""
 
     def __init__(
-        self, transfer_id: str, block_ids: IntArray, legs: Sequence[Leg], *, now: float, deadline_s: float
+        self,
+        transfer_id: str,
+        block_ids: IntArray,
+        legs: Sequence[Leg],
+        *,
+        block_size: int,
+        now: float,
+        deadline_s: float,
     ) -> None:
         """``now`` is of the monotonic clock, here and in every method.
 
         Args:
-            block_ids: of the destination's pool, [num_blocks].
+            block_ids: of the destination's pool, [num_blocks]; negative ones are left out.
+            block_size: of the destination's pool.
         """
         self.transfer_id = transfer_id
         self.legs = {leg.token: leg for leg in legs}
-        self._block_ids = block_ids
-        self._seen = {leg.token: np.zeros(len(block_ids), dtype=np.bool_) for leg in legs}
+        self._block_ids, self._block_size = block_ids, block_size
+        self._units = {leg.token: units_of(block_ids, leg.plan.dst_units) for leg in legs}
+        self._has_gaps = bool((block_ids < 0).any())
+        self._seen = {leg.token: np.zeros(self._most_blocks(leg), dtype=np.bool_) for leg in legs}
         self._opened = now
         self._deadline_s = deadline_s
         self._deadline = now + deadline_s
@@ -85,31 +104,45 @@ class ReceiveTransfer:
         if not self.is_open:
             return []
         last = first_index + len(src_ids)
-        if last > len(self._block_ids) or seen[first_index:last].any() or leg.aux is not None:
+        if last > len(seen) or seen[first_index:last].any() or leg.aux is not None:
             return self.abort(f"the peer announced blocks {first_index} to {last} out of turn", leg.name)
         if src_ids.size and int(src_ids.max()) >= leg.src_num_blocks:
             return self.abort(f"the peer announced block {int(src_ids.max())}, outside its pool", leg.name)
         seen[first_index:last] = True
         leg.num_announced += len(src_ids)
-        if leg.plan.width == 0:
-            return self.fetched(token, len(src_ids))
-        return [Fetch(leg.peer, token, src_ids, self._block_ids[first_index:last])]
+        if leg.plan.is_empty:
+            return []
+        src_units = units_of(src_ids, leg.plan.src_units)
+        first_unit = first_index * leg.plan.src_units
+        dst_units = self._units[token][first_unit : first_unit + len(src_units)]
+        # The last block of either side may reach further than the other's.
+        src_units = src_units[: len(dst_units)]
+        if self._has_gaps:
+            wanted = dst_units >= 0
+            src_units, dst_units = src_units[wanted], dst_units[wanted]
+        leg.num_wanted += len(dst_units)
+        return [Fetch(leg.peer, token, src_units, dst_units)] if len(dst_units) else []
 
     def end(self, token: Token, aux: bytes) -> list[Effect]:
         """A source rank has announced all it will."""
         leg = self.legs[token]
         if not self.is_open:
             return []
-        if leg.aux is not None or leg.num_announced != len(self._block_ids):
-            missing = len(self._block_ids) - leg.num_announced
-            return self.abort(f"the peer ended the transfer with {missing} blocks missing", leg.name)
+        if (
+            leg.aux is not None
+            or not self._seen[token][: leg.num_announced].all()
+            or not hold_the_same(leg.num_announced, leg.src_block_size, len(self._block_ids), self._block_size)
+        ):
+            return self.abort(
+                f"the peer ended the transfer after {leg.num_announced} blocks, with some missing", leg.name
+            )
         leg.aux = aux
         return self._check_applied(leg)
 
-    def fetched(self, token: Token, num_blocks: int) -> list[Effect]:
-        """Blocks of a leg are in the pool."""
+    def fetched(self, token: Token, num_units: int) -> list[Effect]:
+        """Units of a leg are in the pool."""
         leg = self.legs[token]
-        leg.num_fetched += num_blocks
+        leg.num_fetched += num_units
         return self._check_applied(leg) if self.is_open else []
 
     def confirmed(self, token: Token, now: float) -> list[Effect]:
@@ -124,7 +157,7 @@ class ReceiveTransfer:
         if not all(x.confirmed for x in legs):
             return []
         stats = TransferStats(
-            num_bytes=len(self._block_ids) * sum(x.plan.bytes_per_block for x in legs),
+            num_bytes=sum(x.num_bytes for x in legs),
             seconds=now - self._opened,
             lane="+".join(sorted({x.lane for x in legs})),
             num_blocks=len(self._block_ids),
@@ -169,7 +202,11 @@ class ReceiveTransfer:
         return Reserve(leg.token, self.transfer_id, len(self._block_ids), leg.lane, left_ms)
 
     def _check_applied(self, leg: Leg) -> list[Effect]:
-        if leg.aux is None or leg.applied or leg.num_fetched != len(self._block_ids):
+        if leg.aux is None or leg.applied or leg.num_fetched != leg.num_wanted:
             return []
         leg.applied = True
-        return [Tell(leg.peer, Applied(leg.token))]
+        return [Tell(leg.peer, Applied(leg.token, leg.num_bytes))]
+
+    def _most_blocks(self, leg: Leg) -> int:
+        """Of the source, that all of the destination's blocks can come from."""
+        return -(-len(self._block_ids) * self._block_size // leg.src_block_size)

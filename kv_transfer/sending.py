@@ -17,7 +17,7 @@ import numpy as np
 
 from kv_transfer.effects import Allow, Effect, Forget, PeerKey, Report, Revoke, Tell, Token
 from kv_transfer.events import Sent, TransferFailed, TransferStats
-from kv_transfer.plan import IntArray
+from kv_transfer.plan import IntArray, hold_the_same
 from kv_transfer.protocol import MAX_IDS_PER_MESSAGE, Abort, Blocks, Confirmed, Drained, End, printable
 
 
@@ -29,7 +29,8 @@ class Receiver:
         rank: the destination's TP rank.
         name: for people.
         lane: the transport that it fetches with.
-        bytes_per_block: what it fetches of each.
+        block_size: of its pool.
+        num_bytes: that it has fetched, once applied.
     """
 
     peer: PeerKey
@@ -37,7 +38,8 @@ class Receiver:
     rank: int
     name: str
     lane: str
-    bytes_per_block: int
+    block_size: int
+    num_bytes: int = 0
     applied: bool = False
     peer_drained: bool = False
     revoked: bool = False
@@ -46,10 +48,13 @@ class Receiver:
 class SendTransfer:
     """Every method returns what is to be done, in order; after a Report the machine is to be dropped."""
 
-    def __init__(self, transfer_id: str, num_blocks: int, *, now: float, deadline_s: float, drain_s: float) -> None:
+    def __init__(
+        self, transfer_id: str, num_blocks: int, *, block_size: int, now: float, deadline_s: float, drain_s: float
+    ) -> None:
         """``now`` is of the monotonic clock, here and in every method."""
         self.transfer_id = transfer_id
         self.num_blocks = num_blocks
+        self._block_size = block_size
         self.receivers: dict[Token, Receiver] = {}
         self._opened = now
         self._deadline_s = deadline_s
@@ -80,7 +85,12 @@ class SendTransfer:
         return [Tell(r.peer, End(r.token, aux)) for r in self.receivers.values()]
 
     def reserve(self, receiver: Receiver, expected: frozenset[int], num_blocks: int, now: float) -> list[Effect]:
-        """A destination rank has room; ``expected`` are all the ranks that have to do with this one."""
+        """A destination rank has room.
+
+        Args:
+            expected: all the ranks that have to do with this one.
+            num_blocks: that it has reserved, of its own size.
+        """
         refusal = None
         if not self.is_open:
             refusal = "the source has given this transfer up"
@@ -92,9 +102,10 @@ class SendTransfer:
             return [Tell(receiver.peer, Abort(receiver.token, refusal))]
         self._expected = expected
         self.receivers[receiver.token] = receiver
-        if num_blocks != self.num_blocks:
+        if not hold_the_same(self.num_blocks, self._block_size, num_blocks, receiver.block_size):
             return self.abort(
-                f"the source sends {self.num_blocks} blocks, the destination has reserved {num_blocks}",
+                f"the source sends {self.num_blocks} blocks of {self._block_size} tokens, the destination has "
+                f"reserved {num_blocks} of {receiver.block_size}",
                 receiver.name,
                 now,
             )
@@ -103,18 +114,18 @@ class SendTransfer:
             effects.append(Tell(receiver.peer, End(receiver.token, self._aux)))
         return effects
 
-    def applied(self, token: Token, now: float) -> list[Effect]:
-        """A receiver holds every byte."""
+    def applied(self, token: Token, num_bytes: int, now: float) -> list[Effect]:
+        """A receiver holds every byte, of which ``num_bytes`` came from here."""
         receiver = self.receivers[token]
         if not self.is_open:
             return []
         if self._aux is None:
             return self.abort("the peer claims to have everything before everything was sent", receiver.name, now)
-        receiver.applied = True
+        receiver.applied, receiver.num_bytes = True, num_bytes
         effects: list[Effect] = [Forget(token), Tell(receiver.peer, Confirmed(token))]
         if frozenset(r.rank for r in self.receivers.values() if r.applied) == self._expected:
             stats = TransferStats(
-                num_bytes=self.num_blocks * sum(r.bytes_per_block for r in self.receivers.values()),
+                num_bytes=sum(r.num_bytes for r in self.receivers.values()),
                 seconds=now - self._opened,
                 lane="+".join(sorted({r.lane for r in self.receivers.values()})),
                 num_blocks=self.num_blocks,

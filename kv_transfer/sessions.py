@@ -16,6 +16,9 @@ from kv_transfer.handshake import examine, is_proof, new_challenge, process_of, 
 from kv_transfer.layout import KVLayout
 from kv_transfer.leases import LeaseTable
 from kv_transfer.options import TransferOptions
+from kv_transfer.pairing import destination_ranks
+from kv_transfer.plan import PairPlan, plan_pair
+from kv_transfer.pool import BlockPool
 from kv_transfer.protocol import (
     TOKEN_BYTES,
     Hello,
@@ -31,6 +34,7 @@ from kv_transfer.protocol import (
     encode,
 )
 from kv_transfer.transports.base import Transport
+from kv_transfer.views import BlockView
 
 log = logging.getLogger("kv_transfer")
 
@@ -46,6 +50,8 @@ class Session:
     """A destination's connection.
 
     Attributes:
+        plan, view: what it takes out of our blocks.
+        expected: all the ranks of its instance that have to do with this one.
         data_token: None until it has proved itself.
         tokens: of its transfers, the ones that wait for ``open_send`` included.
     """
@@ -53,6 +59,9 @@ class Session:
     key: PeerKey
     hello: Hello
     layout: KVLayout
+    plan: PairPlan
+    view: BlockView
+    expected: frozenset[int]
     challenge: bytes
     last_heard: float
     data_token: bytes | None = None
@@ -68,6 +77,7 @@ class Sessions:
         self,
         *,
         own: RankEndpoint,
+        pool: BlockPool,
         options: TransferOptions,
         control: ControlChannel,
         leases: LeaseTable,
@@ -81,7 +91,7 @@ class Sessions:
             on_message: takes what a session that was let in says about transfers; False when it makes no sense.
             on_lost: is told of a session that is over, after it was forgotten.
         """
-        self._own, self._options, self._control, self._leases = own, options, control, leases
+        self._own, self._pool, self._options, self._control, self._leases = own, pool, options, control, leases
         self._transports, self._counters = tuple(transports), counters
         self._on_message, self._on_lost = on_message, on_lost
         self._sessions: dict[PeerKey, Session] = {}
@@ -171,8 +181,17 @@ class Sessions:
         if sum(s.data_token is None for s in self._sessions.values()) >= MAX_STRANGERS:
             self._refuse(key, Refused("busy", "too many connections that have not proved themselves"))
             return
-        challenge = new_challenge()
-        self._sessions[key] = Session(key, hello, examined, challenge, last_heard=now)
+        challenge, plan = new_challenge(), plan_pair(self._own.layout, examined)
+        self._sessions[key] = Session(
+            key=key,
+            hello=hello,
+            layout=examined,
+            plan=plan,
+            view=self._pool.view(plan, "src"),
+            expected=destination_ranks(self._own.layout, examined),
+            challenge=challenge,
+            last_heard=now,
+        )
         self.tell(key, Welcome(challenge, proof(self._options.secret, "source", hello, challenge)))
 
     def _admit(self, session: Session, message: Message, now: float) -> None:

@@ -14,7 +14,8 @@ from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.events import Sent, TransferEvent, TransferFailed
 from kv_transfer.leases import LeaseTable
 from kv_transfer.options import TransferOptions
-from kv_transfer.plan import IntArray, destination_ranks, plan_pair
+from kv_transfer.plan import IntArray
+from kv_transfer.pool import BlockPool
 from kv_transfer.protocol import Abort, Applied, Drained, Message, Reserve
 from kv_transfer.sending import Receiver, SendTransfer
 from kv_transfer.sessions import Session, Sessions
@@ -38,6 +39,7 @@ class SourceSide:
         self,
         *,
         own: RankEndpoint,
+        pool: BlockPool,
         options: TransferOptions,
         control: ControlChannel,
         leases: LeaseTable,
@@ -49,6 +51,7 @@ class SourceSide:
         self._transports, self._counters, self._report = tuple(transports), counters, report
         self.sessions = Sessions(
             own=own,
+            pool=pool,
             options=options,
             control=control,
             leases=leases,
@@ -76,7 +79,12 @@ class SourceSide:
     def open(self, transfer_id: str, num_blocks: int, deadline_s: float, now: float) -> None:
         self._ended.pop(transfer_id, None)
         self._sends[transfer_id] = SendTransfer(
-            transfer_id, num_blocks, now=now, deadline_s=deadline_s, drain_s=self._options.drain_s
+            transfer_id,
+            num_blocks,
+            block_size=self._own.layout.block_size,
+            now=now,
+            deadline_s=deadline_s,
+            drain_s=self._options.drain_s,
         )
         for token, early in list(self._early.items()):
             if early.reserve.transfer_id == transfer_id:
@@ -151,23 +159,19 @@ class SourceSide:
 
     def _reserve(self, session: Session, reserve: Reserve, now: float) -> None:
         assert session.data_token is not None
-        plan = plan_pair(self._own.layout, session.layout)
-        expected = destination_ranks(
-            session.layout.num_kv_heads, self._own.tp_size, session.layout.tp_size, self._own.tp_rank
-        )
         receiver = Receiver(
             peer=session.key,
             token=reserve.token,
-            rank=session.layout.tp_rank,
+            rank=session.layout.rank,
             name=session.name,
             lane=reserve.lane,
-            bytes_per_block=plan.bytes_per_block,
+            block_size=session.layout.block_size,
         )
         transfer = self._sends[reserve.transfer_id]
-        self._leases.grant(reserve.token, session.data_token, plan)
+        self._leases.grant(reserve.token, session.data_token, session.plan, session.view)
         self._by_token[reserve.token] = reserve.transfer_id
         session.tokens.add(reserve.token)
-        effects = transfer.reserve(receiver, frozenset(expected), reserve.num_blocks, now)
+        effects = transfer.reserve(receiver, session.expected, reserve.num_blocks, now)
         if reserve.token not in transfer.receivers:
             self._release(reserve.token)
         self._run(reserve.transfer_id, effects)
@@ -189,7 +193,7 @@ class SourceSide:
             return
         transfer = self._sends[transfer_id]
         if isinstance(message, Applied):
-            self._run(transfer_id, transfer.applied(token, now))
+            self._run(transfer_id, transfer.applied(token, message.num_bytes, now))
         elif isinstance(message, Drained):
             self._run(transfer_id, transfer.drained(token, now))
         else:
@@ -216,7 +220,7 @@ class SourceSide:
         if isinstance(event, Sent):
             self._counters.add("sent_total")
             for receiver in transfer.receivers.values():
-                self._counters.add(f"bytes_sent_{receiver.lane}", receiver.bytes_per_block * transfer.num_blocks)
+                self._counters.add(f"bytes_sent_{receiver.lane}", receiver.num_bytes)
         else:
             self._counters.add("send_failed_total")
         self._ended[transfer_id] = event.reason if isinstance(event, TransferFailed) else "it was sent to another peer"

@@ -11,6 +11,9 @@ from kv_transfer.errors import InvalidTransfer
 from kv_transfer.plan import IntArray
 from kv_transfer.protocol import MAX_BLOCKS_PER_TRANSFER, MAX_DEADLINE_MS, MAX_TRANSFER_ID_CHARS
 
+# Stands for a block that the destination has already, in its list of block ids.
+NOT_WANTED = -1
+
 
 class SendTicket:
     """What a source has said about one transfer so far."""
@@ -49,8 +52,9 @@ class ReceiveTicket:
 
     def __init__(self, transfer_id: str, block_ids: Sequence[int], num_pool_blocks: int) -> None:
         self.transfer_id = transfer_id
-        self.block_ids = _checked_ids(transfer_id, block_ids, num_pool_blocks)
-        if len(self.block_ids) > MAX_BLOCKS_PER_TRANSFER or len(np.unique(self.block_ids)) != len(self.block_ids):
+        self.block_ids = _checked_ids(transfer_id, block_ids, num_pool_blocks, least=NOT_WANTED)
+        wanted = self.block_ids[self.block_ids != NOT_WANTED]
+        if len(self.block_ids) > MAX_BLOCKS_PER_TRANSFER or len(np.unique(wanted)) != len(wanted):
             raise InvalidTransfer(transfer_id, "a block is named twice, or there are too many")
 
 
@@ -108,11 +112,11 @@ class TicketBook:
             raise InvalidTransfer(transfer_id, f"{self._limit} transfers are open already (max_inflight)")
 
 
-def _checked_ids(transfer_id: str, block_ids: Sequence[int], num_pool_blocks: int) -> IntArray:
+def _checked_ids(transfer_id: str, block_ids: Sequence[int], num_pool_blocks: int, *, least: int = 0) -> IntArray:
     ids = np.array(block_ids, dtype=np.int64)
     if ids.ndim != 1 or not ids.size:
         raise InvalidTransfer(transfer_id, "no blocks")
-    if int(ids.min()) < 0 or int(ids.max()) >= num_pool_blocks:
+    if int(ids.min()) < least or int(ids.max()) >= num_pool_blocks:
         raise InvalidTransfer(
             transfer_id, f"block ids from {ids.min()} to {ids.max()} in a pool of {num_pool_blocks} blocks"
         )

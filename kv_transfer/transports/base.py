@@ -18,9 +18,9 @@ from typing import ClassVar
 
 from kv_transfer.endpoint import Offer, RankEndpoint
 from kv_transfer.leases import LeaseTable
-from kv_transfer.memory import KVPool
 from kv_transfer.options import TransferOptions
 from kv_transfer.plan import IntArray, PairPlan
+from kv_transfer.pool import BlockPool
 
 
 class Link(ABC):
@@ -28,14 +28,14 @@ class Link(ABC):
 
     @abstractmethod
     def fetch(self, chunk_id: int, token: bytes, src_ids: IntArray, dst_ids: IntArray) -> None:
-        """Start copying blocks ``src_ids`` of the source's pool into ``dst_ids`` of ours.
+        """Start copying units ``src_ids`` of the source's pool into ``dst_ids`` of ours.
 
         ``Fetched`` follows when every byte is in the pool, unless ``token`` is cancelled or the link goes down first.
 
         Args:
             chunk_id: given back in ``Fetched``.
-            token: of the transfer; the source allows it these blocks.
-            src_ids, dst_ids: [num_blocks], at most ``chunk_bytes`` of the options or one block.
+            token: of the transfer; the source allows it the blocks that these are units of.
+            src_ids, dst_ids: [num_units], at most ``chunk_bytes`` of the options or one unit.
         """
 
     @abstractmethod
@@ -107,7 +107,7 @@ class Transport(ABC):
 
     name: ClassVar[str]
 
-    def __init__(self, pool: KVPool, options: TransferOptions, leases: LeaseTable, post: Post) -> None:
+    def __init__(self, pool: BlockPool, options: TransferOptions, leases: LeaseTable, post: Post) -> None:
         """Takes hold of nothing yet.
 
         Args:
@@ -124,6 +124,7 @@ class Transport(ABC):
         """Begin to serve; what a destination must know, for the rank's endpoint. Called once.
 
         Raises:
+            PoolNotServed: this pool cannot be fetched from this way; into it can, and the transport stays in use.
             TransportFailed: this host cannot serve it.
         """
 

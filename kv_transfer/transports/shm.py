@@ -18,13 +18,16 @@ import numpy as np
 
 from kv_transfer.copying import BlockCopier
 from kv_transfer.endpoint import Offer, RankEndpoint
-from kv_transfer.errors import TransportFailed
+from kv_transfer.errors import PoolNotServed, TransportFailed
 from kv_transfer.identity import host_id
+from kv_transfer.layout import placement_of
 from kv_transfer.leases import LeaseTable
-from kv_transfer.memory import TRAILER, TRAILER_MAGIC, ByteArray, KVPool, trailer_offset
+from kv_transfer.memory import TRAILER, TRAILER_MAGIC, region_offsets
 from kv_transfer.options import TransferOptions
 from kv_transfer.plan import IntArray, PairPlan
+from kv_transfer.pool import BlockPool
 from kv_transfer.transports.base import Cancelled, Fetched, Link, LinkDown, LinkUp, Post, Transport
+from kv_transfer.views import BlockView, HostView
 
 _CLOSE_TIMEOUT_S = 5.0
 # Absent from Python's mmap; Linux 5.14.
@@ -36,13 +39,16 @@ _POPULATE_BYTES = 4 << 20
 class ShmTransport(Transport):
     name = "shm"
 
-    def __init__(self, pool: KVPool, options: TransferOptions, leases: LeaseTable, post: Post) -> None:
+    def __init__(self, pool: BlockPool, options: TransferOptions, leases: LeaseTable, post: Post) -> None:
         super().__init__(pool, options, leases, post)
         self._copier: _Copier | None = None
         self._links: list[_ShmLink] = []
 
     def offer(self) -> Offer:
-        return {"fd": self.pool.fd, "nonce": self.pool.nonce.hex()}
+        if self.pool.shared_file is None:
+            raise PoolNotServed("the pool is private memory of this process, which no other one can map")
+        fd, nonce = self.pool.shared_file
+        return {"fd": fd, "nonce": nonce.hex()}
 
     def obstacle(self, peer: RankEndpoint) -> str | None:
         if peer.process.host != host_id():
@@ -54,7 +60,7 @@ class ShmTransport(Transport):
     def open_link(self, peer: RankEndpoint, data_token: bytes, plan: PairPlan) -> Link:
         if self._copier is None:
             self._copier = _Copier()
-        link = _ShmLink(self._copier, self.post, self.pool.as_array(), peer, plan)
+        link = _ShmLink(self._copier, self.post, self.pool.view(plan, "dst"), peer, plan)
         self._links = [x for x in self._links if not x.is_down] + [link]
         return link
 
@@ -108,7 +114,7 @@ class _Copier:
 class _ShmLink(Link):
     """All but the constructor and the three methods of Link run in the copier's thread."""
 
-    def __init__(self, copier: _Copier, post: Post, pool: ByteArray, peer: RankEndpoint, plan: PairPlan) -> None:
+    def __init__(self, copier: _Copier, post: Post, pool: BlockView, peer: RankEndpoint, plan: PairPlan) -> None:
         self._copier = copier
         self._post = post
         self._peer = peer
@@ -136,10 +142,14 @@ class _ShmLink(Link):
     def _map(self) -> None:
         try:
             mapping = _map_pool(self._peer)
-            layout = self._peer.layout
-            blocks = np.frombuffer(mapping, np.uint8, layout.pool_bytes).reshape(layout.num_blocks, layout.block_bytes)
-            if self._plan.width:
-                self._blocks = BlockCopier(self._plan, blocks, self._pool)
+            if not self._plan.is_empty:
+                placement = placement_of(self._peer.layout)
+                regions = [
+                    np.frombuffer(mapping, np.uint8, size, offset)
+                    for size, offset in zip(placement.region_bytes, region_offsets(placement), strict=False)
+                ]
+                source = HostView(self._plan, "src", self._peer.layout.num_blocks, regions)
+                self._blocks = BlockCopier(source, self._pool)
         except (TransportFailed, MemoryError) as exc:
             self._unmap(str(exc) or "out of memory")
             return
@@ -188,7 +198,7 @@ def _map_pool(peer: RankEndpoint) -> mmap.mmap:
     Raises:
         TransportFailed: there is no such pool, or this process may not look at it.
     """
-    offer, size = peer.transports["shm"], peer.layout.pool_bytes
+    offer, size = peer.transports["shm"], region_offsets(placement_of(peer.layout))[-1]
     fd_number, nonce = offer.get("fd"), offer.get("nonce")
     if not isinstance(fd_number, int) or not isinstance(nonce, str):
         raise TransportFailed("its offer names no descriptor and nonce")
@@ -200,10 +210,10 @@ def _map_pool(peer: RankEndpoint) -> mmap.mmap:
         ) from exc
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-        trailer = os.pread(fd, TRAILER.size, trailer_offset(size))
+        trailer = os.pread(fd, TRAILER.size, size)
         if not seals & fcntl.F_SEAL_SHRINK or len(trailer) != TRAILER.size:
             raise TransportFailed(f"process {peer.process.pid} has another file where its pool should be")
-        if TRAILER.unpack(trailer) != (TRAILER_MAGIC, bytes.fromhex(nonce), size):
+        if TRAILER.unpack(trailer) != (TRAILER_MAGIC, bytes.fromhex(nonce), peer.layout.pool_bytes):
             raise TransportFailed(f"process {peer.process.pid} has another pool than the one announced")
         return mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
     except (OSError, ValueError) as exc:

@@ -1,7 +1,8 @@
 """TCP between hosts: the destination asks for blocks, the source streams them, the destination itself writes them.
 
-Blocks go from the pool into the socket, and from the socket into the pool, with no buffer in between unless heads are
-sliced. One thread of each messenger carries all its connections.
+Blocks go from the pool into the socket, and from the socket into the pool, with no buffer in between unless what moves
+is in small pieces (heads are sliced) or the pool is not in host memory. One thread of each messenger carries all its
+connections.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from collections.abc import Mapping
 from kv_transfer.endpoint import Offer, RankEndpoint
 from kv_transfer.errors import TransportFailed
 from kv_transfer.leases import LeaseTable
-from kv_transfer.memory import KVPool
 from kv_transfer.options import TransferOptions
 from kv_transfer.plan import IntArray, PairPlan
+from kv_transfer.pool import BlockPool
 from kv_transfer.transports.base import (
     Cancelled,
     Fetched,
@@ -35,7 +36,7 @@ from kv_transfer.transports.tcp_serving import Listener
 class TcpTransport(Transport):
     name = "tcp"
 
-    def __init__(self, pool: KVPool, options: TransferOptions, leases: LeaseTable, post: Post) -> None:
+    def __init__(self, pool: BlockPool, options: TransferOptions, leases: LeaseTable, post: Post) -> None:
         super().__init__(pool, options, leases, post)
         self._loop: TcpLoop | None = None
         self._listener: Listener | None = None
@@ -50,7 +51,7 @@ class TcpTransport(Transport):
         except OSError as exc:
             raise TransportFailed(f"cannot listen on {host} port {port}: {exc}") from exc
         loop = self._running_loop()
-        listener = Listener(sock, loop, self.pool, self.leases, self._count_stranger)
+        listener = Listener(sock, loop, self.leases, self._count_stranger)
         self._listener = listener
         loop.submit(lambda: loop.add(listener))
         return {"port": int(sock.getsockname()[1])}
@@ -106,8 +107,9 @@ class _TcpLink(Link):
     def __init__(
         self, transport: TcpTransport, loop: TcpLoop, peer: RankEndpoint, data_token: bytes, plan: PairPlan
     ) -> None:
-        self._loop, self._post, self._pool, self._peer = loop, transport.post, transport.pool, peer
-        self._data_token, self._plan, self._num_streams = data_token, plan, transport.options.tcp_streams
+        self._loop, self._post, self._peer = loop, transport.post, peer
+        self._view = transport.pool.view(plan, "dst")
+        self._data_token, self._num_streams = data_token, transport.options.tcp_streams
         self._channels: list[FetchingChannel] = []
         self._num_connected = 0
         self._is_down = False
@@ -141,8 +143,7 @@ class _TcpLink(Link):
                 sock = start_connecting(self._peer.host, int(self._peer.transports["tcp"]["port"]))
                 channel = FetchingChannel(
                     sock,
-                    self._pool,
-                    self._plan,
+                    self._view,
                     self._data_token,
                     on_up=self._up,
                     on_fetched=lambda chunk_id: self._post(Fetched(self, chunk_id)),

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kv_transfer.memory import KVPool
-from kv_transfer.plan import IntArray, PairPlan, merge_runs
+from kv_transfer.plan import IntArray
 from kv_transfer.transports.tcp_buffers import Buffers
 from kv_transfer.transports.tcp_loop import Channel, ConnectionLost
 from kv_transfer.transports.tcp_wire import MAGIC, PREFACE, REQUEST, RESPONSE, STATUS_OK, STATUS_REFUSED
+from kv_transfer.views import BlockView, ByteArray
 
 TURN_BYTES = 8 << 20
 _SCRATCH_BYTES = 1 << 20
@@ -24,18 +24,18 @@ _SCRATCH_BYTES = 1 << 20
 class _Request:
     """One chunk that was asked for, and where its bytes go."""
 
-    def __init__(self, chunk_id: int, token: bytes, pool: KVPool, plan: PairPlan, dst_ids: IntArray) -> None:
+    def __init__(self, chunk_id: int, token: bytes, view: BlockView, dst_ids: IntArray) -> None:
         self.chunk_id, self.token = chunk_id, token
-        self.num_bytes = self.left = plan.bytes_per_block * len(dst_ids)
+        self.num_bytes = self.left = view.unit_bytes * len(dst_ids)
         self.discarded = False
-        self._pool, self._plan, self._dst_ids = pool, plan, dst_ids
-        self._gathered: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | None = None
+        self._view, self._dst_ids = view, dst_ids
+        self._packed: ByteArray | None = None
         self._targets: Buffers | None = None
 
     def discard(self) -> None:
         """Write no more into the pool; the rest of the bytes is read and dropped."""
         self.discarded = True
-        self._targets = self._gathered = None
+        self._targets = self._packed = None
 
     def receive(self, sock: socket.socket, scratch: memoryview) -> int:
         """Take some bytes off the socket. Raises BlockingIOError when there are none."""
@@ -52,18 +52,15 @@ class _Request:
 
     def finish(self) -> None:
         """All bytes are here: put them where they belong, if they are not."""
-        if self._gathered is not None:
-            self._plan.dst_rows(self._pool.as_array())[self._dst_ids] = self._gathered
-        self._targets = self._gathered = None
+        if self._packed is not None:
+            self._view.scatter(self._dst_ids, self._packed)
+        self._targets = self._packed = None
 
     def _blocks(self) -> list[memoryview]:
-        plan = self._plan
-        if not plan.is_whole_block:
-            self._gathered = np.empty((len(self._dst_ids), plan.num_rows, plan.width), np.uint8)
-            return [self._gathered.data.cast("B")]
-        blocks, size = self._pool.buffer, plan.dst_row_bytes
-        merged = merge_runs(np.arange(len(self._dst_ids), dtype=np.int64), self._dst_ids)
-        return [blocks[first * size : (first + count) * size] for _, first, count in merged]
+        if self._view.is_direct:
+            return self._view.buffers(self._dst_ids)
+        self._packed = np.empty(self.num_bytes, np.uint8)
+        return [self._packed.data]
 
 
 class FetchingChannel(Channel):
@@ -72,8 +69,7 @@ class FetchingChannel(Channel):
     def __init__(
         self,
         sock: socket.socket,
-        pool: KVPool,
-        plan: PairPlan,
+        view: BlockView,
         data_token: bytes,
         *,
         on_up: Callable[[], None],
@@ -83,7 +79,7 @@ class FetchingChannel(Channel):
     ) -> None:
         """``sock`` is connecting. The callbacks run in the loop's thread; ``on_fetched`` gets the chunk's id."""
         super().__init__(sock)
-        self._pool, self._plan = pool, plan
+        self._view = view
         self._on_up, self._on_fetched, self._on_refused, self._on_lost = on_up, on_fetched, on_refused, on_lost
         self._connected = False
         self._out = bytearray(PREFACE.pack(MAGIC, data_token))
@@ -99,7 +95,7 @@ class FetchingChannel(Channel):
         return sum(request.left for request in self._requests)
 
     def request(self, chunk_id: int, token: bytes, src_ids: IntArray, dst_ids: IntArray) -> None:
-        self._requests.append(_Request(chunk_id, token, self._pool, self._plan, dst_ids))
+        self._requests.append(_Request(chunk_id, token, self._view, dst_ids))
         self._out += REQUEST.pack(token, self._number & 0xFFFFFFFF, len(src_ids))
         self._out += src_ids.astype("<u4").tobytes()
         self._number += 1

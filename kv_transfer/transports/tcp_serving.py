@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kv_transfer.leases import LeaseTable
-from kv_transfer.memory import KVPool
-from kv_transfer.plan import IntArray, PairPlan, merge_runs
+from kv_transfer.leases import Lease, LeaseTable
+from kv_transfer.plan import IntArray
 from kv_transfer.transports.tcp_buffers import Buffers
 from kv_transfer.transports.tcp_loop import Channel, ConnectionLost, TcpLoop
 from kv_transfer.transports.tcp_wire import (
@@ -28,6 +27,7 @@ from kv_transfer.transports.tcp_wire import (
     STATUS_OK,
     STATUS_REFUSED,
 )
+from kv_transfer.views import BlockView
 
 # Bytes that a connection may move before others get their turn.
 TURN_BYTES = 8 << 20
@@ -37,12 +37,10 @@ _ZEROS = memoryview(bytes(1 << 20))
 class Listener(Channel):
     """Takes in data connections. ``on_stranger`` is called for each one that turns out to be unwelcome."""
 
-    def __init__(
-        self, sock: socket.socket, loop: TcpLoop, pool: KVPool, leases: LeaseTable, on_stranger: Callable[[], None]
-    ) -> None:
+    def __init__(self, sock: socket.socket, loop: TcpLoop, leases: LeaseTable, on_stranger: Callable[[], None]) -> None:
         super().__init__(sock)
         self.served: set[ServingChannel] = set()
-        self._loop, self._pool, self._leases, self._on_stranger = loop, pool, leases, on_stranger
+        self._loop, self._leases, self._on_stranger = loop, leases, on_stranger
         self._is_paused = False
 
     def interest(self) -> int:
@@ -81,7 +79,7 @@ class Listener(Channel):
         for channel in [c for c in self.served if c.session == session]:
             self._loop.drop(channel, "hung up")
 
-    def find(self, token: bytes, session: bytes, ids: IntArray) -> PairPlan | None:
+    def find(self, token: bytes, session: bytes, ids: IntArray) -> Lease | None:
         return self._leases.find(token, session, ids)
 
     def knows(self, session: bytes) -> bool:
@@ -92,10 +90,6 @@ class Listener(Channel):
         if channel.session is None:
             self._on_stranger()
 
-    @property
-    def pool(self) -> KVPool:
-        return self._pool
-
 
 class _Response:
     """One answer being sent: a header, then blocks of the pool.
@@ -105,11 +99,11 @@ class _Response:
     after a transfer has ended.
     """
 
-    def __init__(self, pool: KVPool, number: int, token: bytes, plan: PairPlan | None, ids: IntArray) -> None:
+    def __init__(self, number: int, token: bytes, view: BlockView | None, ids: IntArray) -> None:
         self.token = token
-        self._pool, self._plan, self._ids = pool, plan, ids
-        self._left = 0 if plan is None else plan.bytes_per_block * len(ids)
-        status = STATUS_REFUSED if plan is None else STATUS_OK
+        self._view, self._ids = view, ids
+        self._left = 0 if view is None else view.unit_bytes * len(ids)
+        status = STATUS_REFUSED if view is None else STATUS_OK
         self._header = memoryview(RESPONSE.pack(number, status, self._left))
         self._body: Buffers | None = None
         self._revoked = False
@@ -125,23 +119,19 @@ class _Response:
             sent = sock.send(self._header, socket.MSG_MORE if self._left else 0)
             self._header = self._header[sent:]
             return sent
-        if not self._left or self._plan is None:
+        if not self._left or self._view is None:
             return 0
         if self._revoked:
             sent = sock.send(_ZEROS[: self._left])
         else:
             if self._body is None:
-                self._body = Buffers(self._blocks(self._plan))
+                self._body = Buffers(self._blocks(self._view))
             sent = self._body.send(sock)
         self._left -= sent
         return sent
 
-    def _blocks(self, plan: PairPlan) -> list[memoryview]:
-        if not plan.is_whole_block:
-            return [plan.src_rows(self._pool.as_array())[self._ids].data.cast("B")]
-        blocks, size = self._pool.buffer, plan.src_row_bytes
-        merged = merge_runs(self._ids, np.arange(len(self._ids), dtype=np.int64))
-        return [blocks[first * size : (first + count) * size] for first, _, count in merged]
+    def _blocks(self, view: BlockView) -> list[memoryview]:
+        return view.buffers(self._ids) if view.is_direct else [view.gather(self._ids).data]
 
 
 class ServingChannel(Channel):
@@ -216,10 +206,11 @@ class ServingChannel(Channel):
             return False
         ids = np.frombuffer(bytes(self._received[REQUEST.size : end]), "<u4").astype(np.int64)
         del self._received[:end]
-        plan = self._listener.find(token, session, ids)
-        if plan is not None and plan.bytes_per_block * num_ids > MAX_RESPONSE_BYTES:
+        lease = self._listener.find(token, session, ids)
+        view = None if lease is None else lease.view
+        if view is not None and view.unit_bytes * num_ids > MAX_RESPONSE_BYTES:
             raise ConnectionLost("a request for too many bytes")
-        self._responses.append(_Response(self._listener.pool, number, token, plan, ids))
+        self._responses.append(_Response(number, token, view, ids))
         return True
 
     def _write(self) -> None:

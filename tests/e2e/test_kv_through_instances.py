@@ -31,10 +31,12 @@ Checksums = dict[tuple[int, int], int]
 class Watched:
     """A runner whose engine's KV is looked at: when its blocks are reported, and when it goes on with what came."""
 
-    def __init__(self, role: Role, path: Path, settings: SchedulerSettings, transport: str) -> None:
+    def __init__(
+        self, role: Role, path: Path, settings: SchedulerSettings, transport: str, block_size: int = 16
+    ) -> None:
         options = TransformersOptions(
             model=str(path), served_model_name="tiny", role=role, num_blocks=150, max_num_batched_tokens=64,
-            num_threads=1,
+            num_threads=1, block_size=block_size,
         )  # fmt: skip
         self.engine: EngineDriver = create(options)
         self.reported: dict[str, Checksums] = {}
@@ -140,6 +142,26 @@ async def test_tokens_equal_generate_and_kv_bytes_arrive_by_layer_and_block(pair
     block_bytes = decode.engine.kv_layout.block_bytes
     assert records["r400"]["kv_bytes"] == str(400 // 16 * block_bytes)
     assert [one.engine.load().num_free_blocks for one in pair] == [150, 150]
+
+
+@pytest.mark.parametrize(("transport", "sizes"), [("shm", (16, 24)), ("tcp", (24, 16))])
+async def test_instances_whose_blocks_differ_in_size_exchange_kv(
+    model, expected, redis_server, topic, transport, sizes
+):
+    settings = SchedulerSettings(
+        scheduler_host=redis_server.host, scheduler_port=redis_server.port, scheduler_topic=topic
+    )
+    roles = zip((Role.PREFILL, Role.DECODE), sizes, strict=True)
+    both = [Watched(role, model, settings, transport, block_size) for role, block_size in roles]
+    try:
+        for one in both:
+            one.start()
+        answers, records = await answers_of(settings)
+    finally:
+        for one in both:
+            one.close()
+    assert answers == expected
+    assert {r["lane"] for r in records.values()} == {transport}
 
 
 async def test_one_block_zeroed_in_one_layer_on_its_way_is_seen_in_tokens_and_checksums(pair, expected):

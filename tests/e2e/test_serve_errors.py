@@ -70,15 +70,15 @@ async def test_instance_with_another_kv_layout_is_refused_and_the_others_go_on(m
             stream = await frontend.submit(request)
             scheduler = ("--scheduler-host", fleet.redis.host, "--scheduler-port", fleet.redis.port)
             code, said = await asyncio.to_thread(
-                serve, "--model", model, "--served-model-name", "tiny", "--block-size", 32, "--scheduler-topic", "demo",
+                serve, "--model", model, "--served-model-name", "tiny", "--dtype", "bfloat16", "--scheduler-topic", "demo",
                 "--num-gpu-blocks-override", 100, *scheduler,
             )  # fmt: skip
             tokens = [token async for output in stream for token in output.token_ids]
         fleet.check()
     assert code == 2
     assert (
-        "this instance has kv.block_size '32', but mixed-0-" in said
-        and "has '16'" in said
+        "this instance has kv.dtype 'bfloat16', but mixed-0-" in said
+        and "has 'float32'" in said
         and "--scheduler-topic" in said
     )
     assert tokens == generate(model, [request])[request.request_id]

@@ -192,7 +192,7 @@ def test_a_session_can_neither_fetch_nor_end_what_is_anothers(
     caller = call(ranks, source)
     ready = caller.handshake(OPTIONS.secret)
     assert isinstance(ready, Ready)
-    caller.tell(Applied(token))
+    caller.tell(Applied(token, 0))
     assert isinstance(caller.hear(), Abort)
     caller.tell(Abort(token, "mine"))
     assert isinstance(caller.hear(), Drained)
@@ -237,15 +237,13 @@ def test_a_source_checks_the_layout_that_it_is_told(
     ranks: contextlib.ExitStack, pair: tuple[LocalRank, LocalRank]
 ) -> None:
     source, destination = pair
-    own = dataclasses.replace(
-        destination.endpoint, layout=dataclasses.replace(destination.endpoint.layout, block_size=2)
-    )
+    own = dataclasses.replace(destination.endpoint, layout=dataclasses.replace(destination.endpoint.layout, head_dim=2))
     caller = Caller(source.endpoint, own)
     ranks.callback(caller.close)
     caller.tell(greet(own, source.endpoint))
     answer = caller.hear()
     assert isinstance(answer, Refused)
-    assert "block_size is '4' here and '2' at the peer" in answer.reason
+    assert "head_dim is '8' here and '2' at the peer" in answer.reason
 
 
 def test_another_wire_version_is_named_on_both_sides(
@@ -256,12 +254,12 @@ def test_another_wire_version_is_named_on_both_sides(
     caller.tell(dataclasses.replace(greet(destination.endpoint, source.endpoint), version=99))
     answer = caller.hear()
     assert isinstance(answer, Refused)
-    assert "1 here and 99 at the peer" in answer.reason
+    assert "2 here and 99 at the peer" in answer.reason
     later = RankEndpoint.from_dict({**source.endpoint.to_dict(), "wire_version": 99})
     destination.receive("r@1", [later], [1])
     failed = destination.wait("r@1")
     assert isinstance(failed, TransferFailed)
-    assert "1 here and 99 at" in failed.reason
+    assert "2 here and 99 at" in failed.reason
 
 
 def test_a_record_of_an_earlier_process_at_the_same_address_is_noticed(pair: tuple[LocalRank, LocalRank]) -> None:

@@ -57,7 +57,7 @@ def lease(serving: Serving) -> Callable[[int], PairPlan]:
     def grant(num_blocks: int) -> PairPlan:
         plan = plan_pair(BIG, BIG)
         serving.leases.admit(SESSION)
-        serving.leases.grant(TOKEN, SESSION, plan)
+        serving.leases.grant(TOKEN, SESSION, plan, serving.pool.view(plan, "src"))
         serving.leases.allow(TOKEN, np.arange(num_blocks))
         return plan
 

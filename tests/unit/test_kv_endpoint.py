@@ -20,7 +20,7 @@ ENDPOINT = RankEndpoint(
     control_port=4000,
     nonce="0123456789abcdef" * 2,
     process=ProcessIdentity("boot/pid:[1]", 7, 12345),
-    layout=KVLayout("transformers", "m", "float32", 2, 4, 8, 16, 10, tp_size=2, tp_rank=1),
+    layout=KVLayout("transformers", "m", "float32", 2, 4, 8, 16, 10, tp_size=2, tp_rank=1, pp_layers=(1, 1), pp_rank=1),
     wire_version=1,
     transports={"shm": {"fd": 5, "nonce": "ab"}, "tcp": {"port": 4001}},
 )

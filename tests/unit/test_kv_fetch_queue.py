@@ -14,7 +14,7 @@ def ids(*values: int) -> np.ndarray:
 
 
 def test_transfers_take_turns() -> None:
-    queue = FetchQueue(blocks_per_chunk=2, window_chunks=10)
+    queue = FetchQueue(units_per_chunk=2, window_chunks=10)
     queue.add(b"a", np.arange(6), np.arange(6))
     queue.add(b"b", np.arange(4), np.arange(4))
     order = []
@@ -24,7 +24,7 @@ def test_transfers_take_turns() -> None:
 
 
 def test_only_so_many_are_under_way_and_dropped_ones_make_room() -> None:
-    queue = FetchQueue(blocks_per_chunk=1, window_chunks=2)
+    queue = FetchQueue(units_per_chunk=1, window_chunks=2)
     queue.add(b"a", np.arange(5), np.arange(5))
     queue.add(b"b", ids(9), ids(9))
     first, second = queue.next(), queue.next()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kv_transfer.errors import PoolUnavailable
-from kv_transfer.layout import KVLayout
-from kv_transfer.memory import TRAILER, TRAILER_MAGIC, KVPool, trailer_offset
+from kv_transfer.layout import KVLayout, placement_of
+from kv_transfer.memory import TRAILER, TRAILER_MAGIC, KVPool, region_offsets
 
 LAYOUT = KVLayout("transformers", "m", "float32", 2, 2, 8, 4, 33)
 
@@ -25,7 +25,7 @@ def test_views_share_the_memory_of_the_file() -> None:
 
 def test_the_trailer_names_the_pool() -> None:
     with KVPool.allocate(LAYOUT) as pool:
-        text = os.pread(pool.fd, TRAILER.size, trailer_offset(LAYOUT.pool_bytes))
+        text = os.pread(pool.fd, TRAILER.size, region_offsets(placement_of(LAYOUT))[-1])
         assert TRAILER.unpack(text) == (TRAILER_MAGIC, pool.nonce, LAYOUT.pool_bytes)
 
 

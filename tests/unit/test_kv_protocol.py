@@ -46,7 +46,7 @@ MESSAGES: list[Message] = [
     Reserve(TOKEN, "r@1", 7, "shm", 1000),
     Blocks(TOKEN, 3, bytes(8)),
     End(TOKEN, b"aux"),
-    Applied(TOKEN),
+    Applied(TOKEN, 2**40),
     Confirmed(TOKEN),
     Abort(TOKEN, "why"),
     Drained(TOKEN),

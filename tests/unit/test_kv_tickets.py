@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kv_transfer.errors import InvalidTransfer
-from kv_transfer.tickets import ReceiveTicket, SendTicket, TicketBook
+from kv_transfer.tickets import NOT_WANTED, ReceiveTicket, SendTicket, TicketBook
 
 
 def test_blocks_are_given_once_and_all_of_them_before_the_end() -> None:
@@ -29,10 +29,14 @@ def test_blocks_outside_the_transfer_or_the_pool_are_refused(first: int, block_i
         SendTicket("r@1", 5).take(first, block_ids, 10)
 
 
-@pytest.mark.parametrize("block_ids", [[], [1, 1], [10], [-1]])
+@pytest.mark.parametrize("block_ids", [[], [1, 1], [10], [-2], [-1, 10], [-1, 1, 1]])
 def test_a_destination_names_blocks_that_exist_once_each(block_ids: list[int]) -> None:
     with pytest.raises(InvalidTransfer):
         ReceiveTicket("r@1", block_ids, 10)
+
+
+def test_blocks_that_a_destination_has_already_are_left_out_of_its_list() -> None:
+    assert ReceiveTicket("r@1", [NOT_WANTED, NOT_WANTED, 9, 3], 10).block_ids.tolist() == [-1, -1, 9, 3]
 
 
 @pytest.mark.parametrize("num_blocks", [0, -1, 2**40])

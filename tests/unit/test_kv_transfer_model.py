@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 
 from kv_transfer.effects import Allow, Cancel, Effect, Fetch, Forget, Report, Revoke, Tell
 from kv_transfer.events import Received, Sent, TransferEvent, TransferFailed
-from kv_transfer.plan import PairPlan
+from kv_transfer.layout import KVLayout
+from kv_transfer.plan import plan_pair
 from kv_transfer.protocol import Abort, Applied, Blocks, Confirmed, Drained, End, Message, Reserve
 from kv_transfer.receiving import Leg, ReceiveTransfer
 from kv_transfer.sending import Receiver, SendTransfer
 
 NUM_BLOCKS = 4
-PLAN = PairPlan(0, 0, 1, 64, 64, 0, 64, 0)
+LAYOUT = KVLayout("e", "m", "uint8", 1, 1, 64, 1, 100, kv_planes=1)
+PLAN = plan_pair(LAYOUT, LAYOUT)
 TRUE, FALSE, UNWRITTEN, REUSED = "true", "false", "unwritten", "reused"
 
 
@@ -32,8 +34,10 @@ class Destination:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.peer = bytes([rank])
-        self.leg = Leg(self.peer, "source", PLAN, 100)
-        self.machine = ReceiveTransfer("r@1", np.arange(NUM_BLOCKS), [self.leg], now=0.0, deadline_s=100.0)
+        self.leg = Leg(self.peer, "source", PLAN, 100, 1)
+        self.machine = ReceiveTransfer(
+            "r@1", np.arange(NUM_BLOCKS), [self.leg], block_size=1, now=0.0, deadline_s=100.0
+        )
         self.to_source: deque[Message] = deque()
         self.from_source: deque[Message] = deque()
         self.connected = True
@@ -46,7 +50,7 @@ class Destination:
 class World:
     def __init__(self, num_destinations: int) -> None:
         self.now = 0.0
-        self.source = SendTransfer("r@1", NUM_BLOCKS, now=0.0, deadline_s=100.0, drain_s=1.0)
+        self.source = SendTransfer("r@1", NUM_BLOCKS, block_size=1, now=0.0, deadline_s=100.0, drain_s=1.0)
         self.source_event: TransferEvent | None = None
         self.block = TRUE
         self.next_index = 0
@@ -177,7 +181,7 @@ class World:
             if self.source_event is not None:
                 d.from_source.append(Abort(message.token, "has ended"))
                 return
-            receiver = Receiver(d.peer, message.token, d.rank, f"d{d.rank}", "shm", 64)
+            receiver = Receiver(d.peer, message.token, d.rank, f"d{d.rank}", "shm", 1)
             expected = frozenset(range(len(self.destinations)))
             self.run_source(self.source.reserve(receiver, expected, message.num_blocks, self.now))
             return
@@ -185,7 +189,7 @@ class World:
         known = self.source_event is None and message.token in self.source.receivers
         if isinstance(message, Applied):
             if known:
-                self.run_source(self.source.applied(message.token, self.now))
+                self.run_source(self.source.applied(message.token, message.num_bytes, self.now))
             else:
                 d.from_source.append(Abort(message.token, "has ended"))
         elif known and isinstance(message, Abort):
@@ -274,7 +278,7 @@ def test_a_destination_does_not_fetch_what_a_source_cannot_mean(ids: list[int], 
 
 def test_a_destination_refuses_an_end_before_all_blocks_and_a_confirmation_before_it_applied() -> None:
     for step, words in (
-        (lambda m, t: m.end(t, b""), "4 blocks missing"),
+        (lambda m, t: m.end(t, b""), "with some missing"),
         (lambda m, t: m.confirmed(t, 0.0), "not applied"),
     ):
         d = Destination(0)
@@ -287,8 +291,8 @@ def test_a_destination_refuses_an_end_before_all_blocks_and_a_confirmation_befor
 
 def test_a_live_peer_that_still_reads_is_waited_for_and_a_silent_one_only_so_long() -> None:
     for silent in (False, True):
-        source = SendTransfer("r@1", 1, now=0.0, deadline_s=10.0, drain_s=1.0)
-        source.reserve(Receiver(b"d", b"t", 0, "d0", "shm", 64), frozenset({0}), 1, 0.0)
+        source = SendTransfer("r@1", 1, block_size=1, now=0.0, deadline_s=10.0, drain_s=1.0)
+        source.reserve(Receiver(b"d", b"t", 0, "d0", "shm", 1), frozenset({0}), 1, 0.0)
         source.offer(0, np.array([3]))
         assert not [e for e in source.abort("enough", "", 2.0) if isinstance(e, Report)]
         assert not [e for e in source.revoked(b"t", 2.0) if isinstance(e, Report)]
@@ -298,13 +302,13 @@ def test_a_live_peer_that_still_reads_is_waited_for_and_a_silent_one_only_so_lon
 
 
 def test_only_the_ranks_that_the_plan_names_may_reserve_each_once() -> None:
-    source = SendTransfer("r@1", 1, now=0.0, deadline_s=10.0, drain_s=1.0)
+    source = SendTransfer("r@1", 1, block_size=1, now=0.0, deadline_s=10.0, drain_s=1.0)
     expected = frozenset({0, 1})
-    assert not source.reserve(Receiver(b"a", b"t0", 0, "d0", "shm", 64), expected, 1, 0.0)
+    assert not source.reserve(Receiver(b"a", b"t0", 0, "d0", "shm", 1), expected, 1, 0.0)
     for receiver, ranks in (
-        (Receiver(b"b", b"t1", 0, "d0", "shm", 64), expected),
-        (Receiver(b"b", b"t2", 2, "d2", "shm", 64), expected),
-        (Receiver(b"b", b"t3", 1, "d1", "shm", 64), frozenset({1})),
+        (Receiver(b"b", b"t1", 0, "d0", "shm", 1), expected),
+        (Receiver(b"b", b"t2", 2, "d2", "shm", 1), expected),
+        (Receiver(b"b", b"t3", 1, "d1", "shm", 1), frozenset({1})),
     ):
         (effect,) = source.reserve(receiver, ranks, 1, 0.0)
         assert isinstance(effect, Tell)

@@ -1,0 +1,25 @@
+"""What a messenger and its transports ask of a KV pool, whoever owns its memory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from kv_transfer.layout import KVLayout
+from kv_transfer.plan import PairPlan
+from kv_transfer.views import BlockView
+
+
+class BlockPool(ABC):
+    """The blocks of one rank. Its owner keeps it until the messenger is closed."""
+
+    def __init__(self, layout: KVLayout) -> None:
+        self.layout = layout
+
+    @property
+    def shared_file(self) -> tuple[int, bytes] | None:
+        """Descriptor and nonce of the file that peers on this host may map; None where there is none."""
+        return None
+
+    @abstractmethod
+    def view(self, plan: PairPlan, side: str) -> BlockView:
+        """What a plan moves out of this pool (``side`` "src") or into it ("dst"); for one thread."""
