@@ -144,10 +144,9 @@ async def test_tokens_equal_generate_and_kv_bytes_arrive_by_layer_and_block(pair
     assert [one.engine.load().num_free_blocks for one in pair] == [150, 150]
 
 
-@pytest.mark.parametrize(("transport", "sizes"), [("shm", (16, 24)), ("tcp", (24, 16))])
-async def test_instances_whose_blocks_differ_in_size_exchange_kv(
-    model, expected, redis_server, topic, transport, sizes
-):
+@pytest.mark.parametrize("case", [("shm", 16, 24), ("tcp", 24, 16)])
+async def test_instances_whose_blocks_differ_in_size_exchange_kv(model, expected, redis_server, topic, case):
+    transport, *sizes = case
     settings = SchedulerSettings(
         scheduler_host=redis_server.host, scheduler_port=redis_server.port, scheduler_topic=topic
     )

@@ -70,8 +70,8 @@ async def test_instance_with_another_kv_layout_is_refused_and_the_others_go_on(m
             stream = await frontend.submit(request)
             scheduler = ("--scheduler-host", fleet.redis.host, "--scheduler-port", fleet.redis.port)
             code, said = await asyncio.to_thread(
-                serve, "--model", model, "--served-model-name", "tiny", "--dtype", "bfloat16", "--scheduler-topic", "demo",
-                "--num-gpu-blocks-override", 100, *scheduler,
+                serve, "--model", model, "--served-model-name", "tiny", "--dtype", "bfloat16",
+                "--scheduler-topic", "demo", "--num-gpu-blocks-override", 100, *scheduler,
             )  # fmt: skip
             tokens = [token async for output in stream for token in output.token_ids]
         fleet.check()
