@@ -23,6 +23,8 @@ AXES = ("token+head", "token", "head", "none")
 MAX_NAME_CHARS = 256
 MAX_BLOCKS = 2**31 - 1
 MAX_POOL_BYTES = 2**46
+# Tokens of a pool: each must have a number of 32 bits, as the blocks of two sizes may have no larger unit in common.
+MAX_POOL_TOKENS = 2**32 - 1
 
 _LIMITS: Mapping[str, int] = {
     "num_layers": 4096,
@@ -105,6 +107,8 @@ class KVLayout:
             )
         if self.num_blocks * self.block_bytes > MAX_POOL_BYTES:
             raise InvalidLayout("num_blocks", f"makes a pool of more than {MAX_POOL_BYTES} bytes")
+        if self.num_blocks * self.block_size > MAX_POOL_TOKENS:
+            raise InvalidLayout("num_blocks", f"makes a pool of more than {MAX_POOL_TOKENS} tokens")
         if self.placement is not None:
             check_placement(self.placement, self.shape)
 

@@ -14,18 +14,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from kv_transfer.errors import LayoutMismatch
 from kv_transfer.layout import KVLayout, check_compatible, placement_of
 from kv_transfer.pairing import Share, share_of
 from kv_transfer.placement import Base
 
 IntArray = npt.NDArray[np.int64]
-MAX_UNITS = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +95,7 @@ class PairPlan:
         return sum(part.num_bytes for part in self.parts)
 
 
+@lru_cache(maxsize=512)
 def plan_pair(src: KVLayout, dst: KVLayout) -> PairPlan:
     """The plan between the ranks that the two layouts name.
 
@@ -106,9 +106,6 @@ def plan_pair(src: KVLayout, dst: KVLayout) -> PairPlan:
     share = share_of(src, dst)
     unit_tokens = math.gcd(src.block_size, dst.block_size)
     src_units, dst_units = src.block_size // unit_tokens, dst.block_size // unit_tokens
-    for layout, units in ((src, src_units), (dst, dst_units)):
-        if layout.num_blocks * units > MAX_UNITS:
-            raise LayoutMismatch("block_size", str(dst.block_size), str(src.block_size))
     if share is None:
         return PairPlan(src.rank, dst.rank, (), (), src_units, dst_units)
     layers = _layers(src, dst, share, unit_tokens)

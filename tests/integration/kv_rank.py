@@ -56,8 +56,9 @@ class LocalRank:
     def __init__(self, layout: KVLayout, options: TransferOptions, name: str, seed: int = 0) -> None:
         self.layout = layout
         self.pool = KVPool.allocate(layout)
-        self.view = self.pool.as_array()
-        self.fill(seed)
+        if layout.placement is None and layout.packing == "block-major":
+            self.view = self.pool.as_array()
+            self.fill(seed)
         self._news = threading.Event()
         self._ended: dict[str, TransferEvent] = {}
         self.messenger = Messenger(self.pool, options, name=name, on_event=self._news.set)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pytest
 
 from kv_transfer import (
+    NOT_WANTED,
     KVLayout,
     KVPool,
     Messenger,
@@ -19,7 +21,9 @@ from kv_transfer import (
     TransferOptions,
     TransportFailed,
 )
+from kv_transfer.protocol import MAX_AUX_BYTES
 from kv_transfer.transports.registry import installed_transports
+from tests.integration.kv_instances import PAIRS, Move
 from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, RemoteRank, differing, pattern
 
 MakeRemote = Callable[..., RemoteRank]
@@ -206,37 +210,48 @@ def test_blocks_larger_than_a_chunk_and_than_a_socket_buffer_arrive(
     assert differing(layout, destination.view[untouched], pattern(layout, 2)[untouched]) == []
 
 
-@pytest.mark.parametrize(("src_tp", "dst_tp"), [(2, 1), (1, 2), (2, 2), (4, 2), (1, 4)])
-def test_tp_sizes_may_differ(options: TransferOptions, local: MakeLocal, src_tp: int, dst_tp: int) -> None:
-    heads, shape = 2, (30, 3, 2, 4, 2, 32)
-    model_kv = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_layouts_of_all_kinds_exchange_blocks(options: TransferOptions, local: MakeLocal, pair: str) -> None:
+    make = partial(local, options=options)
+    Move(*PAIRS[pair], make, num_tokens=25).move("r@1", b"first token")
 
-    def ranks(tp_size: int, name: str) -> list[LocalRank]:
-        layouts = (KVLayout("transformers", "m", "float32", 3, heads, 8, 4, 30, tp_size, r) for r in range(tp_size))
-        return [local(layout, options, name) for layout in layouts]
 
-    def shard(layout: KVLayout) -> np.ndarray:
-        part = model_kv[..., layout.first_head : layout.first_head + layout.num_rank_heads, :]
-        return np.ascontiguousarray(part).reshape(30, layout.block_bytes)
+@pytest.mark.parametrize("pair", ["TP 2 in 2 stages to TP 1 in 3", "blocks of 6 to blocks of 4 tokens, TP 2 to 1"])
+@pytest.mark.parametrize("held", ["a prefix", "every second block", "all"])
+def test_blocks_that_decode_has_already_are_not_sent(
+    options: TransferOptions, local: MakeLocal, pair: str, held: str
+) -> None:
+    cached = {"a prefix": lambda i: i < 3, "every second block": lambda i: i % 2 == 1, "all": lambda i: True}[held]
+    move = Move(*PAIRS[pair], partial(local, options=options), num_tokens=30, cached=cached)
+    move.move("r@1", b"first token")
+    assert (move.num_bytes == 0) == (held == "all")
 
-    sources, destinations = ranks(src_tp, "prefill"), ranks(dst_tp, "decode")
-    rng = random.Random(1)
-    src_ids, dst_ids = rng.sample(range(30), 12), rng.sample(range(30), 12)
-    for source in sources:
-        source.view[:] = shard(source.layout)
-        source.send("r@1", src_ids, aux=b"token")
-    for rank in destinations:
-        rank.fill(9)
-        rank.receive("r@1", [s.endpoint for s in sources], dst_ids)
-    for rank in destinations:
-        received = rank.wait("r@1")
-        assert isinstance(received, Received), received
-        assert received.aux == b"token"
-        wanted = pattern(rank.layout, 9)
-        wanted[dst_ids] = shard(rank.layout)[src_ids]
-        assert differing(rank.layout, rank.view, wanted) == []
-    for source in sources:
-        assert isinstance(source.wait("r@1"), Sent)
+
+def test_a_cached_prefix_of_another_process_stays_as_it_is(
+    options: TransferOptions, remote: MakeRemote, local: MakeLocal
+) -> None:
+    source, destination = local(LAYOUT, options, "prefill", 1), remote(LAYOUT, options, "decode", 2)
+    destination.receive("r@1", [source.endpoint], [NOT_WANTED] * 30 + list(range(100, 110)))
+    source.send("r@1", range(40), aux=b"token")
+    received, sent = destination.wait("r@1"), source.wait("r@1")
+    assert isinstance(received, Received)
+    assert isinstance(sent, Sent)
+    assert received.stats.num_bytes == sent.stats.num_bytes == 10 * LAYOUT.block_bytes
+    wanted = pattern(LAYOUT, 2)
+    wanted[100:110] = pattern(LAYOUT, 1)[30:40]
+    assert differing(LAYOUT, destination.view, wanted) == []
+
+
+def test_the_largest_auxiliary_payload_arrives_with_the_last_chunk(
+    options: TransferOptions, remote: MakeRemote, local: MakeLocal
+) -> None:
+    source, destination = remote(LAYOUT, options, "prefill", 1), local(LAYOUT, options, "decode", 2)
+    aux = random.Random(0).randbytes(MAX_AUX_BYTES)
+    destination.receive("r@1", [source.endpoint], [5])
+    source.send("r@1", [7], aux=aux)
+    received = destination.wait("r@1")
+    assert isinstance(received, Received)
+    assert received.aux == aux
 
 
 @pytest.mark.parametrize("who", ["source", "destination"])

@@ -85,6 +85,7 @@ def test_the_pool_of_a_placement_is_its_regions() -> None:
         ("head_dim", -1),
         ("block_size", 10**9),
         ("num_blocks", 2**31),
+        ("num_blocks", 2**28),
         ("num_blocks", "10"),
         ("tp_size", 3),
         ("tp_rank", 2),
