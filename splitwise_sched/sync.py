@@ -72,6 +72,11 @@ class Instance:
         """Name and version of the server, "" before ``start``."""
         return self._session.store.server if self._session is not None else ""
 
+    @property
+    def address(self) -> str:
+        """The server, for people; "" before ``start``."""
+        return self._session.store.address if self._session is not None else ""
+
     def start(self, timeout_s: float = 30.0) -> None:
         """Raises what InstanceSession.start raises; nothing runs on after that."""
         started: concurrent.futures.Future[None] = concurrent.futures.Future()

@@ -95,7 +95,7 @@ def _serve(
     click.echo(
         f"{role.value} instance {runner.instance.instance_id} serves {spec.model!r} on topic "
         f"{scheduler.scheduler_topic!r} through {runner.instance.server} at "
-        f"{scheduler.scheduler_host}:{scheduler.scheduler_port}; {spec.num_blocks} KV blocks of {spec.block_size} "
+        f"{runner.instance.address}; {spec.num_blocks} KV blocks of {spec.block_size} "
         f"tokens, transports {', '.join(transfer.protocols)}"
         + "".join(f"; http://{instance.host}:{port.port}" for port in ports)
     )

@@ -34,24 +34,26 @@ class PrivateServerSettings(ExplicitSettings):
 
 @settings_command(PrivateServerSettings, SchedulerSettings, name="redis")
 def command(server: PrivateServerSettings, scheduler: SchedulerSettings) -> None:
-    """Run a private Redis or Valkey server, or check the one that --scheduler-host names.
+    """Run a private Redis or Valkey server, or check the one, or the several, that the flags name.
 
     The private server listens on loopback only, keeps its data with --data-dir, never evicts, and ends with this
     command: with Ctrl-C, SIGTERM, or however it dies. It is redis-server or valkey-server from PATH, else the one
     that comes with splitwise-sched[embedded].
     """
-    if scheduler.scheduler_host is not None:
+    if scheduler.names_a_server:
         _check(scheduler)
     else:
         _serve(server, scheduler.scheduler_password)
 
 
 def _check(settings: SchedulerSettings) -> None:
-    server = asyncio.run(check(settings))
-    click.echo(
-        f"{server} at {settings.scheduler_host}:{settings.scheduler_port} can carry topic "
-        f"{settings.scheduler_topic!r}: it answers, grants access, is new enough, and does not evict"
-    )
+    for connection in asyncio.run(check(settings)):
+        click.echo(
+            f"{connection.server} at {connection.address} can carry topic {settings.scheduler_topic!r}: it answers, "
+            "grants access, is new enough, and does not evict"
+        )
+        for advice in connection.advice:
+            click.echo(f"advice: {advice}")
 
 
 def _serve(settings: PrivateServerSettings, password: SecretStr | None) -> None:

@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 def scheduler_server(settings: SchedulerSettings, runtime_dir: Path | None = None) -> Iterator[SchedulerSettings]:
     """``settings`` that name a server, for as long as the block runs.
 
-    Settings with a host come back as they are. Without one, this user's private server is found, or started and, by
+    Settings that name one come back as they are. Else this user's private server is found, or started and, by
     the process that started it, ended with the block. Blocks for as long as a start takes.
 
     Raises:
         ConfigError, StoreUnavailable: see ``connect_or_start``.
     """
-    if settings.scheduler_host is not None:
+    if settings.names_a_server:
         yield settings
         return
     password = settings.scheduler_password

@@ -7,11 +7,11 @@ import socket
 import msgpack
 import pytest
 
-from splitwise_sched.connection import check_server
 from splitwise_sched.embedded import EmbeddedServer
 from splitwise_sched.errors import ConfigError, RequestFailed, StoreUnavailable, StoreUnsuitable
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.settings import SchedulerSettings
+from splitwise_sched.suitability import check_server
 from splitwise_sched.types import Request, Role
 from tests.integration.toy import ToyInstance, settings_for, toy_answer, until
 
@@ -56,7 +56,7 @@ async def test_server_that_may_evict(private_redis_server, topic):
 @pytest.mark.parametrize("version", ["5.0.14", "6.0.16", "6.1.240", "0"])
 def test_server_that_is_too_old(version):
     with pytest.raises(StoreUnsuitable, match=rf"is Redis {version}, but 6\.2\.0 or newer is needed"):
-        check_server({"redis_version": version}, "noeviction", "h:1")
+        check_server({"redis_version": version}, "h:1")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_server_that_is_too_old(version):
     ],
 )
 def test_server_that_will_do(info, name):
-    assert check_server(info, "noeviction", "h:1") == name
+    assert check_server(info, "h:1") == name
 
 
 async def test_library_does_not_guess_a_host(topic):

@@ -17,8 +17,8 @@ FORBIDDEN_MODULES = {
     "kv_transfer": {"redis", "torch", "transformers", "pydantic", "pydantic_settings", "click"},
     "engine": {"redis"},
 }
-# The one module that talks to Redis.
-REDIS_MODULE = "splitwise_sched/connection.py"
+# The one module that finds and connects to Redis.
+REDIS_MODULE = "splitwise_sched/discovery.py"
 # The data plane's verbs: the only ones of its modules that know of a command line.
 VERBS = "kv_transfer/cli/"
 DANGEROUS_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"}
