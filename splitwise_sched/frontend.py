@@ -28,6 +28,7 @@ from splitwise_sched.errors import (
 from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.outputs import Lost, decode_outputs
 from splitwise_sched.records import InstanceRecord
+from splitwise_sched.replication import ReplicationWatch
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.store import NO_PREFERENCE, ORPHANED, Flow, Preference, Store
 from splitwise_sched.sweeper import Sweeper
@@ -67,6 +68,7 @@ class FrontEnd:
         self._spill_now = asyncio.Event()
         self._seen_at = 0.0
         self._ends: deque[float] = deque(maxlen=200)
+        self._replication = ReplicationWatch(settings.durability_timeout_ms)
         self._instances: tuple[float, list[InstanceRecord]] = (float("-inf"), [])
 
     async def __aenter__(self) -> FrontEnd:
@@ -111,6 +113,11 @@ class FrontEnd:
         await self.store.close_out(self.frontend_id)
 
     @property
+    def num_unconfirmed(self) -> int:
+        """Requests that were queued without a replica's having them in time (``durability="wait"``)."""
+        return self._replication.num_unconfirmed
+
+    @property
     def healthy(self) -> bool:
         """Redis answered within the front end's lease."""
         return time.monotonic() - self._seen_at < self.settings.frontend_lease_s
@@ -126,6 +133,9 @@ class FrontEnd:
             QueueFull: with depth, limit and when to try again.
             DeadlineUnreachable: the same, because it would expire before its turn.
             StoreUnavailable: Redis does not answer; the request may be queued nevertheless, and expires there.
+
+        With ``durability="wait"``, a request that no replica had in time is queued all the same: its stream's
+        ``num_replicas`` is 0, and should the master die with it, it is put back from here like any that was lost.
         """
         if request.sampling.seed is None and request.sampling.temperature > 0:
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
@@ -158,6 +168,9 @@ class FrontEnd:
         if verdict == "QUEUED":
             if preference.instance_ids:
                 asyncio.get_running_loop().call_later(preference.wait_ms / 1000, self._spill_now.set)
+            if len(detail) > 1:
+                stream.num_replicas = int(detail[1])
+                self._replication.note(request.request_id, stream.num_replicas)
             return stream
         self._streams.pop(request.request_id, None)
         limit = self.settings.scheduler_max_size

@@ -24,6 +24,7 @@ class OutputStream(AsyncIterator[Output]):
         nonce: of the submit, by which Redis knows a repetition of it.
         deadline: monotonic, s.
         attempts: times that it was put back.
+        num_replicas: that had the request when it counted as submitted; None where nobody waited for that.
         doubts: times in a row that Redis said it had ended, with its last output still missing.
     """
 
@@ -35,6 +36,7 @@ class OutputStream(AsyncIterator[Output]):
         self.submitted_at = time.monotonic()
         self.assembly = Assembly(token_ids=request.emitted_token_ids)
         self.attempts = 0
+        self.num_replicas: int | None = None
         self.doubts = 0
         self.recovery: asyncio.Task[None] | None = None
         self._cancel = cancel

@@ -81,15 +81,23 @@ class Store(Connection):
         flow: Flow,
         preference: Preference = NO_PREFERENCE,
     ) -> tuple[str, list[Any]]:
-        """See submit.lua: the verdict and what comes with it. The body of a request that is refused does not stay."""
+        """See submit.lua: the verdict and what comes with it. The body of a request that is refused does not stay.
+
+        With durability "wait", the number of replicas that have it comes last.
+        """
         k = self.keys
-        self.tell("SET", k.incoming(nonce), body, "PX", timeout_ms + retain_ms)
         keys = (k.request(request_id), k.queue, k.deadlines, k.counters, k.incoming(nonce), k.body(request_id))
-        reply = await self.script(
-            "submit", keys, request_id, frontend_id, nonce,
-            self._settings.scheduler_max_size, timeout_ms, retain_ms, input_tokens, kv_tokens, model, *flow,
-            *preference,
+        args = (
+            request_id, frontend_id, nonce, self._settings.scheduler_max_size, timeout_ms, retain_ms, input_tokens,
+            kv_tokens, model, *flow, *preference,
         )  # fmt: skip
+        if self.waits_for_replicas:
+            # On the same connection: WAIT speaks of what was written there.
+            self.tell_and_wait("SET", k.incoming(nonce), body, "PX", timeout_ms + retain_ms)
+            reply, num_replicas = await self.script_and_wait("submit", keys, *args)
+            return reply[0], [*reply[1:], num_replicas]
+        self.tell("SET", k.incoming(nonce), body, "PX", timeout_ms + retain_ms)
+        reply = await self.script("submit", keys, *args)
         return reply[0], reply[1:]
 
     async def resubmit(

@@ -59,10 +59,16 @@ def _check_kind(kind: str, address: str, settings: ServerSettings) -> None:
         )
 
 
+def _is_for_trying(info: Mapping[str, str], address: str) -> bool:
+    """On this machine, and started without a configuration file: a private server, or somebody's experiment."""
+    is_here = address.startswith(("127.", "localhost:", "[::1]:", "/"))
+    return is_here and info.get("config_file", "-") == ""
+
+
 def advice(info: Mapping[str, str], address: str, settings: ServerSettings) -> list[str]:
     """What the owner of a server that can carry a topic had better change there, a sentence each."""
     found = []
-    if info.get("aof_enabled") == "0":
+    if info.get("aof_enabled") == "0" and not _is_for_trying(info, address):
         found.append(
             f"the server at {address} keeps no append-only file, so a restart loses what was written since its last "
             "snapshot: set appendonly yes and appendfsync everysec there (conf/redis.conf is an example)"
