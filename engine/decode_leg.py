@@ -79,7 +79,7 @@ class DecodeLeg:
             source = endpoints_from_text(event.prefill_fields.get("kv_endpoints", ""))
         except (InvalidRequest, KVTransferError) as exc:
             retry = not isinstance(exc, InvalidRequest)
-            self._steps.give_back(request.request_id, event.epoch, str(exc), retry=retry)
+            self._steps.give_back(request.request_id, event.epoch, str(exc), retry=retry, pair_failed=retry)
             return
         self.runs[key] = DecodeRun(request, event.epoch)
         self._unreserved.append((key, source))
@@ -104,7 +104,7 @@ class DecodeLeg:
         except KVTransferError as exc:
             self._engine.abort(key)
             del self.runs[key]
-            self._steps.give_back(run.request.request_id, run.epoch, str(exc), retry=True)
+            self._steps.give_back(run.request.request_id, run.epoch, str(exc), retry=True, pair_failed=True)
 
     def on_transfer(self, event: TransferEvent) -> Output | None:
         """The KV is here, or will not come. The first token is published again, in case prefill's got lost."""
@@ -115,10 +115,10 @@ class DecodeLeg:
             try:
                 return self._take_over(key, run, event)
             except MalformedHandover as exc:
-                self._steps.give_back(run.request.request_id, run.epoch, str(exc), retry=True)
+                self._steps.give_back(run.request.request_id, run.epoch, str(exc), retry=True, pair_failed=True)
         elif run.over is None and isinstance(event, TransferFailed):
             why = f"KV transfer from {event.peer or 'prefill'} failed: {event.reason}"
-            self._steps.give_back(run.request.request_id, run.epoch, why, retry=True)
+            self._steps.give_back(run.request.request_id, run.epoch, why, retry=True, pair_failed=True)
         self._engine.abort(key)
         del self.runs[key]
         return None

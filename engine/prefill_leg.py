@@ -18,7 +18,7 @@ from splitwise_sched.types import Output, Request
 class Returns(Protocol):
     """Where a leg says that it cannot go on with a run, or has done its part; sync.Instance is one."""
 
-    def give_back(self, request_id: str, epoch: int, why: str, *, retry: bool) -> None: ...
+    def give_back(self, request_id: str, epoch: int, why: str, *, retry: bool, pair_failed: bool = False) -> None: ...
 
     def release(self, request_id: str, epoch: int) -> None: ...
 
@@ -101,7 +101,7 @@ class PrefillLeg:
         self._engine.abort(event.transfer_id)
         if run.over is None and isinstance(event, TransferFailed):
             why = f"KV transfer to {event.peer or 'decode'} failed: {event.reason}"
-            self._returns.give_back(run.request.request_id, run.epoch, why, retry=True)
+            self._returns.give_back(run.request.request_id, run.epoch, why, retry=True, pair_failed=True)
 
     def drop(self, key: str, reason: str) -> None:
         """Nobody waits for this run any more; its blocks are free after the transfer's end."""

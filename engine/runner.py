@@ -217,11 +217,22 @@ class Runner:
     def load(self) -> dict[str, int | float | str]:
         """What the instance holds now; goes into its lease record."""
         load = self.engine.load()
-        return {"running": load.num_running, "waiting": load.num_waiting, "free_blocks": load.num_free_blocks}
+        avoided = self.instance.avoided_pairs if self.instance is not None else ()
+        return {
+            "running": load.num_running,
+            "waiting": load.num_waiting,
+            "free_blocks": load.num_free_blocks,
+            "avoided_pairs": len(avoided),
+        }
 
     def totals(self) -> dict[str, int]:
         """Counters since start."""
-        return {**asdict(self.stats), "num_preempted": self.engine.load().num_preempted_total}
+        num_pairs_avoided = self.instance.num_pairs_avoided if self.instance is not None else 0
+        return {
+            **asdict(self.stats),
+            "num_preempted": self.engine.load().num_preempted_total,
+            "num_pairs_avoided": num_pairs_avoided,
+        }
 
     def _registration(self) -> Registration:
         spec, layout = self.engine.spec, self.engine.kv_layout

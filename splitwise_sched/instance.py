@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -75,6 +76,8 @@ class InstanceSession:
         self._alive_at = 0.0
         self._frontends: dict[tuple[str, int], str] = {}
         self._dropped_early: dict[tuple[str, int], None] = {}
+        self._avoided_until: dict[tuple[str, str], float] = {}
+        self.num_pairs_avoided = 0
         self._peers: dict[str, Mapping[str, str]] = {}
         self._is_draining = False
         self._binding = asyncio.Lock()
@@ -284,12 +287,42 @@ class InstanceSession:
         """This instance's part of a run is over without an end of the request: decode has taken it over."""
         self._frontends.pop((request_id, epoch), None)
 
-    def give_back(self, request_id: str, epoch: int, why: str, *, retry: bool) -> None:
-        """This instance cannot go on with the run; ``retry`` when another try may succeed."""
+    def give_back(self, request_id: str, epoch: int, why: str, *, retry: bool, pair_failed: bool = False) -> None:
+        """This instance cannot go on with the run.
+
+        Args:
+            retry: another try may succeed.
+            pair_failed: because its KV did not get from prefill to decode: they are not put together again for a while
+                when that happens often.
+        """
         self._frontends.pop((request_id, epoch), None)
+
+        def answered(reply: Any) -> None:
+            self._answered(reply)
+            if isinstance(reply, list):
+                prefill, decode, cool_down_ms = reply
+                self._avoid(prefill, decode, cool_down_ms, why)
+
         self.store.give_back(
-            request_id, epoch, self.instance_id, why, retry=retry, retain_ms=self._retain_ms, on_reply=self._answered
-        )
+            request_id, epoch, self.instance_id, why, retry=retry, pair_failed=pair_failed, retain_ms=self._retain_ms,
+            on_reply=answered,
+        )  # fmt: skip
+
+    def _avoid(self, prefill: str, decode: str, cool_down_ms: int, why: str) -> None:
+        self.num_pairs_avoided += 1
+        still = set(self.avoided_pairs)
+        self._avoided_until = {pair: until for pair, until in self._avoided_until.items() if pair in still}
+        self._avoided_until[(prefill, decode)] = time.monotonic() + cool_down_ms / 1000
+        logger.warning(
+            "KV transfers from %s to %s keep failing: they get no requests together for %g s; the last failed with: %s",
+            prefill, decode, cool_down_ms / 1000, why,
+        )  # fmt: skip
+
+    @property
+    def avoided_pairs(self) -> list[tuple[str, str]]:
+        """(prefill, decode) avoided at this moment, of those that this instance told of; any thread may ask."""
+        now = time.monotonic()
+        return [pair for pair, until in list(self._avoided_until.items()) if until > now]
 
     def _answered(self, reply: Any) -> None:
         if isinstance(reply, Exception):

@@ -276,12 +276,29 @@ class Store(Connection):
         self.tell_script("finish", keys, *args, on_reply=on_reply)
 
     def give_back(
-        self, request_id: str, epoch: int, instance_id: str, why: str, *, retry: bool, retain_ms: int, on_reply: OnReply
+        self,
+        request_id: str,
+        epoch: int,
+        instance_id: str,
+        why: str,
+        *,
+        retry: bool,
+        pair_failed: bool = False,
+        retain_ms: int,
+        on_reply: OnReply,
     ) -> None:
-        """See give_back.lua; ``on_reply`` gets 1, 0 or an exception."""
+        """See give_back.lua; ``on_reply`` gets 1, 0, [prefill, decode, ms] of a pair to avoid, or an exception."""
         k = self.keys
         keys = (k.request(request_id), k.queue, k.deadlines, k.counters)
-        args = (request_id, epoch, instance_id, why, "retry" if retry else "fail", retain_ms)
+        args = (
+            request_id,
+            epoch,
+            instance_id,
+            why,
+            "retry" if retry else "fail",
+            retain_ms,
+            "pair" if pair_failed else "",
+        )
         self.tell_script("give_back", keys, *args, on_reply=on_reply)
 
     def publish(self, frontend_id: str, values: Sequence[str], *, on_reply: OnReply) -> None:

@@ -147,9 +147,9 @@ class Instance:
         """See InstanceSession.release."""
         self._do(lambda session: session.release(request_id, epoch))
 
-    def give_back(self, request_id: str, epoch: int, why: str, *, retry: bool) -> None:
+    def give_back(self, request_id: str, epoch: int, why: str, *, retry: bool, pair_failed: bool = False) -> None:
         """See InstanceSession.give_back."""
-        self._do(lambda session: session.give_back(request_id, epoch, why, retry=retry))
+        self._do(lambda session: session.give_back(request_id, epoch, why, retry=retry, pair_failed=pair_failed))
 
     def drain(self) -> None:
         """Take nothing more; what is held goes on to its end, which ``is_drained`` tells.
@@ -178,6 +178,16 @@ class Instance:
                 self._changing = asyncio.get_running_loop().create_task(session.change_role(role, timeout_s))
 
         self._do(begin)
+
+    @property
+    def num_pairs_avoided(self) -> int:
+        """Times that this instance told of a transfer after which its pair was avoided for a while."""
+        return self._session.num_pairs_avoided if self._session is not None else 0
+
+    @property
+    def avoided_pairs(self) -> list[tuple[str, str]]:
+        """See InstanceSession.avoided_pairs; any thread may ask."""
+        return self._session.avoided_pairs if self._session is not None else []
 
     @property
     def num_held(self) -> int:

@@ -18,6 +18,7 @@ from tests.scripts_room import Room
 LIVE = ("queued", "prefill", "decode", "lost")
 HISTORY_CHARS = 2000
 MAX_PREFERRED = 8
+EPOCH_LEAP = 100
 DEFAULT_FLOW = Flow("default", 4, "-")
 
 
@@ -177,11 +178,15 @@ class Topic:
 
     def _lose(self, r: Request, source: str, why: str) -> None:
         self._let_go(r, source, why)
-        r.history = (r.history + f"epoch {r.epoch} in {r.state}: {why}; ")[-HISTORY_CHARS:]
+        self._remember_run(r, why)
         r.epoch += 1
         r.state, r.reason = "lost", why
         self._notify(r, r.epoch, "lost", why)
         self.counters["lost"] += 1
+
+    def _remember_run(self, r: Request, why: str) -> None:
+        place = {"prefill": f" on {r.prefill} -> {r.decode}", "decode": f" on {r.decode}"}.get(r.state, "")
+        r.history = (r.history + f"epoch {r.epoch}, after 0 s, in {r.state}{place}: {why}; ")[-HISTORY_CHARS:]
 
     def _close(self, r: Request, state: str, why: str) -> None:
         r.state, r.reason, r.body, r.is_late = state, why, None, False
@@ -189,6 +194,8 @@ class Topic:
 
     def _terminate(self, r: Request, state: str, why: str) -> None:
         self._let_go(r, "", why)
+        if state == "failed" and r.state in ("queued", "prefill", "decode"):
+            self._remember_run(r, why)
         r.epoch += 1
         self._close(r, state, why)
         if state == "failed":
@@ -311,7 +318,7 @@ class Topic:
                 self._terminate(r, "failed", why)
                 return ["FAILED", why]
         else:
-            r = Request(request_id, replace(given, prefer=()), None, epoch=epoch_seen + 1, attempts=attempts)
+            r = Request(request_id, replace(given, prefer=()), None, epoch=epoch_seen + EPOCH_LEAP, attempts=attempts)
             self.requests[request_id] = r
         r.state, r.is_late, r.is_orphaned, r.body = "queued", False, False, body
         self._enqueue(r)

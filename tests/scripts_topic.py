@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +102,7 @@ async def snapshot(store: Store, names: list[str], frontends: list[str], request
                 **{name: record.get(name) for name in ("state", "frontend", "prefill", "decode", "reason")},
                 **{name: int(record[name]) for name in ("epoch", "attempts", "input_tokens", "kv_tokens")},
                 "kv_reserved": int(record.get("kv_reserved", 0)),
-                "history": record.get("history", ""),
+                "history": re.sub(r"after [0-9.]+ s", "after 0 s", record.get("history", "")),
                 "is_orphaned": "orphaned" in record,
                 "in_queue": "queue_entry" in record,
                 "in_inbox": "inbox_entry" in record,

@@ -102,7 +102,7 @@ def serve(model: ToyModel, instance: Instance, messenger: Messenger, wake: threa
             if isinstance(end, Sent):
                 instance.release(*run)  # decode has it
             elif isinstance(end, TransferFailed) and not sequence.is_dropped:
-                instance.give_back(*run, end.reason, retry=True)
+                instance.give_back(*run, end.reason, retry=True, pair_failed=True)
 
         for key, work in list(waiting.items()):
             request = work.request
@@ -125,7 +125,7 @@ def serve(model: ToyModel, instance: Instance, messenger: Messenger, wake: threa
                     moving[key] = sequence
                 except KVTransferError as exc:
                     free += blocks
-                    instance.give_back(request.request_id, work.epoch, str(exc), retry=True)
+                    instance.give_back(request.request_id, work.epoch, str(exc), retry=True, pair_failed=True)
                 continue
             sequence.tokens.append(model.forward(sequence.tokens, 0, blocks))
             outputs.append(sequence.output())

@@ -4,12 +4,20 @@
 --   ARGV[4...] queue, its entry, request id, epoch; again for each claimed request, oldest first
 --   returns  one {request id, verdict, decode instance, front end} a request. Verdicts: "BOUND"; "WAIT": claim kept, bind it again
 --            later (so are all that follow it: none overtakes); "STALE": no longer this claim's, forget it
--- A mixed instance keeps what it claims as long as it has room.
+-- A mixed instance keeps what it claims as long as it has room. A decode instance to which transfers keep failing
+-- (give_back.lua) is chosen only when there is no other.
 
 local RETAIN, me = tonumber(ARGV[3]), ARGV[2]
-local role = redis.call('HGET', KEYS[1], 'role')
+local lease = redis.call('HMGET', KEYS[1], 'role', 'avoids_until_ms')
+local role = lease[1]
 if not role then return redis.error_reply('FENCED the lease of ' .. me .. ' has lapsed') end
 local now = now_ms()
+local avoids_some = lease[2] and tonumber(lease[2]) > now
+
+local function is_avoided(instance)
+  local until_ms = redis.call('HGET', P .. 'pair:' .. me .. '|' .. instance, 'avoided_until_ms')
+  return until_ms and tonumber(until_ms) > now
+end
 
 -- decode instances by id, as they are while this script runs: read once, written back at its end; false without a lease
 local known = {}
@@ -19,7 +27,8 @@ local function decode_of(instance)
     local v = redis.call('HMGET', P .. 'instance:' .. instance, 'capacity_tokens', 'reserved_tokens', 'block_size',
                          'reserved_requests', 'capacity_requests')
     known[instance] = v[1] and {capacity = tonumber(v[1]), reserved = tonumber(v[2]), block = tonumber(v[3]),
-                                requests = tonumber(v[4]), max_requests = tonumber(v[5])} or false
+                                requests = tonumber(v[4]), max_requests = tonumber(v[5]),
+                                is_avoided = avoids_some and is_avoided(instance)} or false
   end
   return known[instance]
 end
@@ -39,6 +48,7 @@ local function pick(wanted, input)
   end
   -- Nearly always the first has room.
   local offset, size, never, seen = 0, 1, true, false
+  local avoided, avoided_tokens, has_other
   while true do
     local page = redis.call('ZRANGE', KEYS[3], offset, offset + size - 1)
     for _, candidate in ipairs(page) do
@@ -46,7 +56,9 @@ local function pick(wanted, input)
       if d then
         seen = true
         local tokens, too_small = fits(d, wanted, input)
-        if tokens then return candidate, tokens, false end
+        if tokens and not d.is_avoided then return candidate, tokens, false end
+        if tokens and not avoided then avoided, avoided_tokens = candidate, tokens end
+        has_other = has_other or not (too_small or d.is_avoided)
         never = never and too_small
       else
         redis.call('ZREM', KEYS[3], candidate)
@@ -56,7 +68,8 @@ local function pick(wanted, input)
     if #page < size then break end
     offset, size = offset + size, 16
   end
-  return nil, nil, seen and never
+  if not has_other then return avoided, avoided_tokens, seen and never end
+  return nil, nil, false
 end
 
 local readers = {}

@@ -115,13 +115,21 @@ local function remember(id, line)
   redis.call('HSET', key, 'history', history)
 end
 
+-- into its history: how the run under r.epoch ended, where, and when
+local function remember_run(id, r, why)
+  local places = {prefill = (r.prefill or '?') .. ' -> ' .. (r.decode or '?'), decode = r.decode}
+  local created = tonumber(redis.call('HGET', P .. 'request:' .. id, 'created_ms')) or now_ms()
+  remember(id, string.format('epoch %s, after %.1f s, in %s%s: %s', r.epoch, (now_ms() - created) / 1000, r.state,
+                             places[r.state] and ' on ' .. places[r.state] or '', why))
+end
+
 -- the run under r.epoch is over without an answer: its front end is told, and puts the request back
 local function lose(id, r, from, why)
   why = cut(why)
   let_go(id, r, from, why)
   local epoch = redis.call('HINCRBY', P .. 'request:' .. id, 'epoch', 1)
   redis.call('HSET', P .. 'request:' .. id, 'state', 'lost', 'reason', why)
-  remember(id, 'epoch ' .. r.epoch .. ' in ' .. r.state .. ': ' .. why)
+  remember_run(id, r, why)
   notify(r.frontend, id, epoch .. ':0::' .. cjson.encode({lost = why}))
   count('lost')
 end
@@ -145,8 +153,9 @@ local function terminate(id, r, state, why, retain_ms)
   local finish = state
   if state == 'failed' then
     finish = 'error'
+    if is_live(r.state) and r.state ~= 'lost' then remember_run(id, r, why) end
     redis.call('XADD', P .. 'dead-letter', 'MAXLEN', '~', 10000, '*', 'id', id, 'why', why, 'attempts',
-               r.attempts or 0, 'history', redis.call('HGET', P .. 'request:' .. id, 'history') or '')
+               r.attempts or 0, 'frontend', r.frontend, 'history', redis.call('HGET', P .. 'request:' .. id, 'history') or '')
   end
   notify(r.frontend, id, epoch .. ':0::' .. cjson.encode({finish = finish, detail = why}))
   feed_queue()
