@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 
-from kv_transfer.control import ControlChannel, Source
+from kv_transfer.control import ControlChannel, Incoming, Source
 from kv_transfer.counters import Counters
 from kv_transfer.destination import DestinationSide
 from kv_transfer.endpoint import RankEndpoint
@@ -22,6 +23,7 @@ from kv_transfer.leases import LeaseTable
 from kv_transfer.options import TransferOptions
 from kv_transfer.pool import BlockPool
 from kv_transfer.protocol import MAX_AUX_BYTES, WIRE_VERSION
+from kv_transfer.reactor import Reactor
 from kv_transfer.source import SourceSide
 from kv_transfer.tickets import ReceiveTicket, SendTicket, TicketBook
 from kv_transfer.transports.base import LaneEvent, Revoked, Transport
@@ -30,7 +32,8 @@ from kv_transfer.transports.registry import load_transports
 log = logging.getLogger("kv_transfer")
 
 _TICK_S = 0.1
-_IDLE_WAIT_S = 5.0
+# A transfer that is opened while nothing else was under way waits so long for its first look at the clock.
+_IDLE_WAIT_S = 0.25
 # A pause of our own of this length is not the peers' silence: they may have stood still as well, or been unheard.
 _OWN_STALL_S = 0.5
 _CLOSE_TIMEOUT_S = 15.0
@@ -46,8 +49,9 @@ class Messenger:
     two sides may come in either order; an id is used once. Exactly one final event per transfer and side; until it was
     polled the blocks belong to the transfer.
 
-    All methods return at once and may be called from any one thread; the work is done in threads of the messenger.
-    Whoever made it closes it, before the pool.
+    All methods return at once and may be called from any one thread. Small work is done in the call itself, where
+    nobody else is at it just then; everything else in threads of the messenger. Whoever made it closes it, before the
+    pool.
     """
 
     def __init__(
@@ -56,7 +60,8 @@ class Messenger:
         """
         Args:
             name: of the instance, for people.
-            on_event: called from the messenger's thread when ``poll`` has something new; must not wait, nor raise.
+            on_event: called when ``poll`` has something new, from a thread of the messenger or within a call of the
+                caller's own; must not wait, nor raise.
         Raises:
             InvalidOptions: the name is empty, too long or not printable.
             UnknownTransport: a name in ``options.protocols`` is not installed.
@@ -73,7 +78,14 @@ class Messenger:
         self._commands: deque[Command] = deque()
         self._lane_events: deque[LaneEvent] = deque()
         self._lock = threading.Lock()
+        # Whoever holds it does the messenger's work; nobody waits for it but the messenger's own thread.
+        self._turn_lock = threading.Lock()
+        self._worker = 0
+        self._is_busy = False
+        self._has_news = False
+        self._last_tick = time.monotonic()
         self._is_running = False
+        self._reactor: Reactor | None = None
         self._transports: list[Transport] = []
         self._control: ControlChannel | None = None
         self._endpoint: RankEndpoint | None = None
@@ -95,18 +107,19 @@ class Messenger:
         if self._thread is not None:
             raise MessengerClosed(self.name)
         options = self._options
-        control = ControlChannel(options.bind_host, options.control_port)
+        reactor = Reactor()
         try:
+            control = ControlChannel(reactor, options.bind_host, options.control_port)
             offers = {}
             for cls in self._transport_classes:
                 transport = cls(self._pool, options, self._leases, self._post)
                 self._transports.append(transport)
+                transport.attach(reactor)
                 offers[transport.name] = transport.offer()
         except BaseException:
             self._close_transports()
-            control.close()
+            reactor.close("the messenger could not start")
             raise
-        self._control = control
         self._endpoint = own = RankEndpoint(
             name=self.name,
             host=options.public_host,
@@ -135,8 +148,11 @@ class Messenger:
             counters=self._counters,
             report=self._report,
         )
+        self._reactor, self._control = reactor, control
         self._is_running = True
-        self._thread = threading.Thread(target=self._run, name=f"kv-messenger-{self.name}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(reactor, control), name=f"kv-messenger-{self.name}", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
@@ -146,8 +162,8 @@ class Messenger:
         """
         with self._lock:
             was_running, self._is_running = self._is_running, False
-            if was_running and self._control is not None:
-                self._control.wake()
+        if was_running and self._reactor is not None:
+            self._reactor.wake()
         if self._thread is not None:
             self._thread.join(_CLOSE_TIMEOUT_S)
 
@@ -246,10 +262,10 @@ class Messenger:
 
     def _submit(self, command: Command) -> None:
         with self._lock:
-            if not self._is_running or self._control is None:
+            if not self._is_running:
                 raise MessengerClosed(self.name)
             self._commands.append(command)
-            self._control.wake()
+        self._work_or_wake()
 
     def _submit_opening(self, transfer_id: str, command: Command) -> None:
         try:
@@ -261,67 +277,116 @@ class Messenger:
     def _post(self, event: LaneEvent) -> None:
         """Take an event of a transport, in whichever thread."""
         self._lane_events.append(event)
-        if self._control is not None:
-            self._control.wake()
+        self._work_or_wake()
 
     def _report(self, event: TransferEvent) -> None:
         with self._lock:
             self._events.append(event)
-        if self._on_event is not None:
+        self._has_news = True
+
+    def _tell_news(self) -> None:
+        """After a turn, when everything was sent that it had to say; without the lock."""
+        if self._has_news and self._on_event is not None:
+            self._has_news = False
             self._on_event()
 
-    def _run(self) -> None:
-        control = self._control
-        assert control is not None
+    def _work_or_wake(self) -> None:
+        """Do what was just put on a queue, here and now, unless somebody is at work: then he is told of it."""
+        reactor, control = self._reactor, self._control
+        if self._worker == threading.get_ident() or reactor is None or control is None:
+            # This very thread is at work, further up the stack, and looks at the queues before it ends.
+            return
+        if not self._turn_lock.acquire(blocking=False):
+            reactor.wake()
+            return
         try:
-            last_tick = time.monotonic()
+            with self._as_worker():
+                self._work_off(reactor, control)
+        finally:
+            self._turn_lock.release()
+        self._tell_news()
+
+    @contextlib.contextmanager
+    def _as_worker(self) -> Iterator[None]:
+        self._worker = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._worker = 0
+
+    def _run(self, reactor: Reactor, control: ControlChannel) -> None:
+        try:
             while self._is_running:
-                last_tick = self._turn(control, last_tick)
-            self._abort_all("the messenger was closed")
+                self._turn(reactor, control)
+            with self._turn_lock, self._as_worker():
+                self._abort_all("the messenger was closed")
             give_up = time.monotonic() + self._options.drain_s + 1.0
             while (self._source.num_open or self._destination.num_open) and time.monotonic() < give_up:
-                last_tick = self._turn(control, last_tick)
+                self._turn(reactor, control)
         finally:
             with self._lock:
                 self._is_running = False
-            try:
-                # After this nothing of ours touches the pool, whatever the transfers' states.
-                self._close_transports()
-            finally:
+            with self._turn_lock, self._as_worker():
                 self._control = None
-                control.close()
+                try:
+                    # After this nothing of ours touches the pool, whatever the transfers' states.
+                    self._close_transports()
+                finally:
+                    control.close()
+                    reactor.close("the messenger was closed")
             self._report_unfinished()
 
-    def _turn(self, control: ControlChannel, last_tick: float) -> float:
-        """One round of the loop; when its clock was last looked at."""
-        busy = self._source.is_waiting or self._destination.is_waiting
+    def _turn(self, reactor: Reactor, control: ControlChannel) -> None:
+        """One round of the messenger's thread."""
         tick_s = min(_TICK_S, self._options.heartbeat_s / 4)
-        for incoming in control.wait(tick_s if busy else _IDLE_WAIT_S):
+        was_busy = self._is_busy
+        found = reactor.wait(tick_s if was_busy else _IDLE_WAIT_S)
+        with self._turn_lock, self._as_worker():
+            reactor.dispatch(found)
+            self._work_off(reactor, control)
             now = time.monotonic()
-            if incoming.source is Source.SESSION:
-                self._source.sessions.receive(incoming.key, incoming.frame, now)
-            elif incoming.source is Source.PEER:
-                self._destination.receive(incoming.key, incoming.frame, now)
-            else:
-                self._source.sessions.lose(incoming.key, "its process has ended", now)
-                self._destination.lose(incoming.key, "its process has ended")
-        while self._commands:
-            self._commands.popleft()(time.monotonic())
-        while self._lane_events:
-            event = self._lane_events.popleft()
-            if isinstance(event, Revoked):
-                self._source.revoked(event.transport, event.token, time.monotonic())
-            else:
-                self._destination.take(event, time.monotonic())
-        now = time.monotonic()
-        if now - last_tick < tick_s:
-            return last_tick
-        if busy and now - last_tick > _OWN_STALL_S:
-            self._source.sessions.forgive(now - last_tick)
-            self._destination.forgive(now - last_tick)
+            if now - self._last_tick >= tick_s:
+                self._tick(reactor, now, now - self._last_tick if was_busy else 0.0)
+                self._work_off(reactor, control)
+            # Whether the clock matters.
+            self._is_busy = self._source.is_waiting or self._destination.is_waiting or control.has_strangers
+        self._tell_news()
+
+    def _tick(self, reactor: Reactor, now: float, paused_s: float) -> None:
+        self._last_tick = now
+        if paused_s > _OWN_STALL_S:
+            self._source.sessions.forgive(paused_s)
+            self._destination.forgive(paused_s)
         self._source.tick(now)
         self._destination.tick(now)
-        return now
+        reactor.tick(now)
+
+    def _work_off(self, reactor: Reactor, control: ControlChannel) -> None:
+        """Everything that is on a queue, and what comes of it."""
+        while True:
+            incoming = control.take()
+            for one in incoming:
+                self._handle(one, time.monotonic())
+            while self._commands:
+                self._commands.popleft()(time.monotonic())
+            while self._lane_events:
+                event = self._lane_events.popleft()
+                if isinstance(event, Revoked):
+                    self._source.revoked(event.transport, event.token, time.monotonic())
+                else:
+                    self._destination.take(event, time.monotonic())
+            reactor.flush()
+            if not incoming and not self._commands and not self._lane_events:
+                return
+
+    def _handle(self, incoming: Incoming, now: float) -> None:
+        if incoming.source is Source.SESSION:
+            self._source.sessions.receive(incoming.key, incoming.frame, now)
+        elif incoming.source is Source.PEER:
+            self._destination.receive(incoming.key, incoming.frame, now)
+        else:
+            self._source.sessions.lose(incoming.key, incoming.reason, now)
+            self._destination.lose(incoming.key, incoming.reason)
 
     def _abort_all(self, reason: str) -> None:
         self._source.abort_all(reason, time.monotonic())
@@ -334,6 +399,7 @@ class Messenger:
             unfinished = [i for i in self._tickets.open_ids() if i not in ended]
         for transfer_id in unfinished:
             self._report(TransferFailed(transfer_id, "the messenger was closed", ""))
+        self._tell_news()
 
     def _close_transports(self) -> None:
         for transport in self._transports:

@@ -57,7 +57,7 @@ class Peer:
         Args:
             transports: in order of preference.
         Raises:
-            TransportFailed: no transport can reach it, or its address is none; says why for each.
+            TransportFailed: no transport can reach it; says why for each.
         """
         self.endpoint, self.plan = endpoint, plan
         self.state = PeerState.GREETING
@@ -148,12 +148,11 @@ class Peer:
 
     def hang_up(self) -> None:
         """Let go of the control connection; the link is its owner's to close."""
-        self._control.unwatch(self.key)
-        self._control.disconnect(self.key)
+        self._control.hang_up(self.key)
 
     def _send(self, message: Message) -> None:
         # What gets lost here ends with the peer's silence.
-        self._control.tell_peer(self.key, encode(message))
+        self._control.tell(self.key, encode(message))
 
     def _can_reach(self, transport: Transport) -> bool:
         if transport.name not in self.endpoint.transports:

@@ -15,12 +15,13 @@ The destination connects to the source's control port and speaks first; the sour
     Drained          <->             Drained                by each, when its memory is no longer touched
     Ping             ->              Pong                   while a transfer is under way
 
-One message is one zmq frame: a msgpack array ``[kind, fields ...]``. ``Hello`` begins with the wire version in every
-version, and ``Refused`` is the same in all, so that two versions can tell each other what is wrong.
+One message is one frame of the control channel (see ``kv_transfer.control``): a msgpack array ``[kind, fields ...]``.
+``Hello`` begins with the wire version in every version, and ``Refused`` is the same in all, so that two versions can
+tell each other what is wrong.
 
 History of WIRE_VERSION:
-    1  the first one
-    2  layouts with strides, stages and unequal block sizes; Applied says how many bytes
+    1  the first one, over zmq
+    2  over plain TCP; layouts with strides, stages and unequal block sizes; Applied says how many bytes
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ log = logging.getLogger("kv_transfer")
 # Destinations that have said Hello and have not proved anything yet, and the time they have for it.
 MAX_STRANGERS = 1024
 STRANGER_TIMEOUT_S = 5.0
-# A destination hangs up after less than this without a transfer; zmq does not tell us.
+# A destination hangs up after less than this without a transfer.
 SESSION_IDLE_S = 900.0
 
 
@@ -108,7 +108,7 @@ class Sessions:
 
     def tell(self, key: PeerKey, message: Message) -> None:
         """Send to a session; one that cannot be sent to is lost, at the next tick."""
-        if key in self._sessions and not self._control.tell_session(key, encode(message)):
+        if key in self._sessions and not self._control.tell(key, encode(message)):
             # Not at once: a machine is in the middle of saying what it wants.
             self._unreachable.append(key)
 
@@ -140,12 +140,18 @@ class Sessions:
         elif not self._on_message(session, message, now):
             self._drop_garbage(key, f"{type(message).__name__} out of place", now)
 
-    def lose(self, key: PeerKey, reason: str, now: float) -> None:
-        """A session is over. Idempotent."""
+    def lose(self, key: PeerKey, reason: str, now: float, parting: Refused | None = None) -> None:
+        """A session is over. Idempotent.
+
+        Args:
+            parting: what it is told.
+        """
         session = self._sessions.pop(key, None)
         if session is None:
             return
-        self._control.unwatch(key)
+        if parting is not None:
+            self._refuse(key, parting)
+        self._control.hang_up(key)
         if session.data_token is not None:
             self._leases.dismiss(session.data_token)
             for transport in self._transports:
@@ -171,7 +177,7 @@ class Sessions:
             elif silent_s > SESSION_IDLE_S:
                 self.lose(key, "idle", now)
         while self._unreachable:
-            self.lose(self._unreachable.pop(), "its control connection is closed", now)
+            self.lose(self._unreachable.pop(), "it does not read what it is told", now)
 
     def _greet(self, key: PeerKey, hello: Hello, now: float) -> None:
         examined = examine(hello, self._own)
@@ -198,11 +204,12 @@ class Sessions:
         if not isinstance(message, Prove) or not is_proof(
             message.proof, self._options.secret, "destination", session.hello, session.challenge
         ):
-            self.lose(session.key, "it did not prove itself", now)
-            self._refuse(session.key, Refused("secret", "the peers do not share the same transfer secret"))
+            parting = Refused("secret", "the peers do not share the same transfer secret")
+            self.lose(session.key, "it did not prove itself", now, parting)
             return
         session.data_token = secrets.token_bytes(TOKEN_BYTES)
         self._leases.admit(session.data_token)
+        self._control.let_in(session.key)
         self._control.watch(session.key, process_of(session.hello))
         self.tell(session.key, Ready(session.data_token))
 
@@ -210,9 +217,11 @@ class Sessions:
         self._counters.add("garbage_total")
         log.debug("dropped a message on the control channel: %s", why)
         if key in self._sessions:
-            self.lose(key, f"it does not keep to the protocol ({why})", now)
-            self._refuse(key, Refused("protocol", why))
+            self.lose(key, f"it does not keep to the protocol ({why})", now, Refused("protocol", why))
+        else:
+            self._control.hang_up(key)
 
     def _refuse(self, key: PeerKey, refused: Refused) -> None:
         self._counters.add("refused_total")
-        self._control.tell_session(key, encode(refused))
+        self._control.tell(key, encode(refused))
+        self._control.hang_up(key)

@@ -21,10 +21,11 @@ from kv_transfer.leases import LeaseTable
 from kv_transfer.options import TransferOptions
 from kv_transfer.plan import IntArray, PairPlan
 from kv_transfer.pool import BlockPool
+from kv_transfer.reactor import Reactor
 
 
 class Link(ABC):
-    """A destination's way to fetch from one source rank. Methods never wait; they are called from one thread."""
+    """A destination's way to fetch from one source rank. Methods never wait, and are called one at a time."""
 
     @abstractmethod
     def fetch(self, chunk_id: int, token: bytes, src_ids: IntArray, dst_ids: IntArray) -> None:
@@ -99,7 +100,7 @@ Post = Callable[[LaneEvent], None]
 
 
 class Transport(ABC):
-    """Both directions of one way to move blocks, for one messenger. All methods are called from one thread.
+    """Both directions of one way to move blocks, for one messenger. Its methods are called one at a time.
 
     Attributes:
         name: as in TransferOptions.protocols and in the entry point.
@@ -118,6 +119,9 @@ class Transport(ABC):
         self.options = options
         self.leases = leases
         self.post = post
+
+    def attach(self, reactor: Reactor) -> None:
+        """Get to know the messenger's own loop, for transports that have sockets. Called once, before ``offer``."""
 
     @abstractmethod
     def offer(self) -> Offer:

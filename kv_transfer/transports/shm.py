@@ -32,6 +32,9 @@ from kv_transfer.views import BlockView, HostView
 _CLOSE_TIMEOUT_S = 5.0
 # Absent from Python's mmap; Linux 5.14.
 _MADV_POPULATE_READ = 22
+# Chunks up to this size are copied by whoever asks, when nothing is queued: less than handing it on and back costs, or
+# about as much.
+_INLINE_BYTES = 1 << 20
 # Mapped at a time when there is nothing to copy: about half a millisecond's work.
 _POPULATE_BYTES = 4 << 20
 
@@ -81,6 +84,7 @@ class _Copier:
         self._idle_work: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._closing = False
+        self._is_working = False
         self._thread = threading.Thread(target=self._run, name="kv-shm", daemon=True)
         self._thread.start()
 
@@ -88,6 +92,12 @@ class _Copier:
         with self._changed:
             self._work.append(work)
             self._changed.notify()
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing was submitted that is not done."""
+        with self._changed:
+            return not self._work and not self._is_working
 
     def submit_idle(self, work: Callable[[], None]) -> None:
         """For when there is nothing else to do; from the copier's own thread."""
@@ -103,16 +113,18 @@ class _Copier:
     def _run(self) -> None:
         while True:
             with self._changed:
+                self._is_working = False
                 while not self._work and not self._idle_work:
                     if self._closing:
                         return
                     self._changed.wait()
+                self._is_working = bool(self._work)
                 work = (self._work or self._idle_work).popleft()
             work()
 
 
 class _ShmLink(Link):
-    """All but the constructor and the three methods of Link run in the copier's thread."""
+    """All but the constructor and the three methods of Link run in the copier's thread, small copies aside."""
 
     def __init__(self, copier: _Copier, post: Post, pool: BlockView, peer: RankEndpoint, plan: PairPlan) -> None:
         self._copier = copier
@@ -127,7 +139,10 @@ class _ShmLink(Link):
         copier.submit(self._map)
 
     def fetch(self, chunk_id: int, token: bytes, src_ids: IntArray, dst_ids: IntArray) -> None:
-        self._copier.submit(lambda: self._copy(chunk_id, token, src_ids, dst_ids))
+        if len(src_ids) * self._pool.unit_bytes <= _INLINE_BYTES and self._copier.is_idle:
+            self._copy(chunk_id, token, src_ids, dst_ids)
+        else:
+            self._copier.submit(lambda: self._copy(chunk_id, token, src_ids, dst_ids))
 
     def cancel(self, token: bytes) -> None:
         # Seen at once by the chunks that are queued; the event queues behind the one that is being copied.

@@ -1,22 +1,22 @@
 """TCP between hosts: the destination asks for blocks, the source streams them, the destination itself writes them.
 
 Blocks go from the pool into the socket, and from the socket into the pool, with no buffer in between unless what moves
-is in small pieces (heads are sliced) or the pool is not in host memory. One thread of each messenger carries all its
+is in small pieces (heads are sliced) or the pool is not in host memory. The messenger's own thread carries all
 connections.
 """
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Mapping
 
+from kv_transfer.addresses import Address, listen, resolve, start_connecting
 from kv_transfer.endpoint import Offer, RankEndpoint
 from kv_transfer.errors import TransportFailed
 from kv_transfer.leases import LeaseTable
 from kv_transfer.options import TransferOptions
 from kv_transfer.plan import IntArray, PairPlan
 from kv_transfer.pool import BlockPool
+from kv_transfer.reactor import Reactor
 from kv_transfer.transports.base import (
     Cancelled,
     Fetched,
@@ -28,8 +28,7 @@ from kv_transfer.transports.base import (
     Revoked,
     Transport,
 )
-from kv_transfer.transports.tcp_fetching import FetchingChannel, start_connecting
-from kv_transfer.transports.tcp_loop import TcpLoop
+from kv_transfer.transports.tcp_fetching import FetchingChannel
 from kv_transfer.transports.tcp_serving import Listener
 
 
@@ -38,22 +37,27 @@ class TcpTransport(Transport):
 
     def __init__(self, pool: BlockPool, options: TransferOptions, leases: LeaseTable, post: Post) -> None:
         super().__init__(pool, options, leases, post)
-        self._loop: TcpLoop | None = None
+        self._reactor: Reactor | None = None
         self._listener: Listener | None = None
+        self._links: list[_TcpLink] = []
         self._num_strangers = 0
-        self._lock = threading.Lock()
+
+    def attach(self, reactor: Reactor) -> None:
+        self._reactor = reactor
+
+    @property
+    def reactor(self) -> Reactor:
+        assert self._reactor is not None, "attach() comes first"
+        return self._reactor
 
     def offer(self) -> Offer:
         host, port = self.options.bind_host, self.options.data_port
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            sock = socket.create_server((host, port), family=family, backlog=256)
+            sock = listen(host, port)
         except OSError as exc:
             raise TransportFailed(f"cannot listen on {host} port {port}: {exc}") from exc
-        loop = self._running_loop()
-        listener = Listener(sock, loop, self.leases, self._count_stranger)
-        self._listener = listener
-        loop.submit(lambda: loop.add(listener))
+        self._listener = Listener(sock, self.reactor, self.leases, self._count_stranger)
+        self.reactor.add(self._listener)
         return {"port": int(sock.getsockname()[1])}
 
     def obstacle(self, peer: RankEndpoint) -> str | None:
@@ -63,86 +67,74 @@ class TcpTransport(Transport):
         return None
 
     def open_link(self, peer: RankEndpoint, data_token: bytes, plan: PairPlan) -> Link:
-        return _TcpLink(self, self._running_loop(), peer, data_token, plan)
+        link = _TcpLink(self, self.reactor, peer, data_token, plan)
+        self._links = [x for x in self._links if not x.is_down] + [link]
+        return link
 
     def revoke(self, token: bytes) -> None:
-        loop, listener = self._loop, self._listener
-
-        def act() -> None:
-            if listener is not None:
-                listener.revoke(token)
-            self.post(Revoked(self, token))
-
-        if loop is None or not loop.submit(act):
-            act()
+        if self._listener is not None:
+            self._listener.revoke(token)
+        self.post(Revoked(self, token))
 
     def hang_up(self, data_token: bytes) -> None:
-        loop, listener = self._loop, self._listener
-        if loop is not None and listener is not None:
-            loop.submit(lambda: listener.hang_up(data_token))
+        if self._listener is not None:
+            self._listener.hang_up(data_token)
 
     def counters(self) -> Mapping[str, int]:
-        with self._lock:
-            return {"strangers": self._num_strangers}
+        return {"strangers": self._num_strangers}
 
     def close(self) -> None:
-        if self._loop is not None:
-            self._loop.close()
+        for link in self._links:
+            link.close()
+        self._links.clear()
         if self._listener is not None:
-            self._listener.sock.close()
-
-    def _running_loop(self) -> TcpLoop:
-        if self._loop is None:
-            self._loop = TcpLoop()
-        return self._loop
+            self._listener.hang_up_all()
+            self.reactor.drop(self._listener, "the transport was closed")
+            self._listener = None
 
     def _count_stranger(self) -> None:
-        with self._lock:
-            self._num_strangers += 1
+        self._num_strangers += 1
 
 
 class _TcpLink(Link):
-    """A few connections to one source rank. Everything but the methods of Link runs in the loop's thread."""
+    """A few connections to one source rank."""
 
     def __init__(
-        self, transport: TcpTransport, loop: TcpLoop, peer: RankEndpoint, data_token: bytes, plan: PairPlan
+        self, transport: TcpTransport, reactor: Reactor, peer: RankEndpoint, data_token: bytes, plan: PairPlan
     ) -> None:
-        self._loop, self._post, self._peer = loop, transport.post, peer
+        self._reactor, self._post, self._peer = reactor, transport.post, peer
         self._view = transport.pool.view(plan, "dst")
         self._data_token, self._num_streams = data_token, transport.options.tcp_streams
         self._channels: list[FetchingChannel] = []
         self._num_connected = 0
-        self._is_down = False
-        if not loop.submit(self._connect):
-            self._down("the transport has stopped")
+        self.is_down = False
+        resolve(peer.host, int(peer.transports["tcp"]["port"]), self._connect, reactor.submit)
 
     def fetch(self, chunk_id: int, token: bytes, src_ids: IntArray, dst_ids: IntArray) -> None:
-        def act() -> None:
-            if not self._is_down:
-                channel = min(self._channels, key=lambda c: c.num_outstanding_bytes)
-                channel.request(chunk_id, token, src_ids, dst_ids)
-                self._loop.update(channel)
-
-        self._loop.submit(act)
+        if self.is_down:
+            return
+        channel = min(self._channels, key=lambda c: c.num_outstanding_bytes)
+        channel.request(chunk_id, token, src_ids, dst_ids)
+        self._reactor.flush_later(channel)
 
     def cancel(self, token: bytes) -> None:
-        def act() -> None:
-            for channel in self._channels:
-                channel.cancel(token)
-            if not self._is_down:
-                self._post(Cancelled(self, token))
-
-        self._loop.submit(act)
+        for channel in self._channels:
+            channel.cancel(token)
+        if not self.is_down:
+            self._post(Cancelled(self, token))
 
     def close(self) -> None:
-        self._loop.submit(lambda: self._down("closed"))
+        self._down("closed")
 
-    def _connect(self) -> None:
+    def _connect(self, address: Address | OSError) -> None:
+        if self.is_down:
+            return
         try:
+            if isinstance(address, OSError):
+                raise address
             for _ in range(self._num_streams):
-                sock = start_connecting(self._peer.host, int(self._peer.transports["tcp"]["port"]))
                 channel = FetchingChannel(
-                    sock,
+                    start_connecting(address),
                     self._view,
                     self._data_token,
                     on_up=self._up,
@@ -153,7 +145,7 @@ class _TcpLink(Link):
                     on_lost=self._down,
                 )
                 self._channels.append(channel)
-                self._loop.add(channel)
+                self._reactor.add(channel)
         except OSError as exc:
             self._down(f"cannot connect to {self._peer.host}: {exc}")
 
@@ -163,9 +155,9 @@ class _TcpLink(Link):
             self._post(LinkUp(self))
 
     def _down(self, reason: str) -> None:
-        if self._is_down:
+        if self.is_down:
             return
-        self._is_down = True
+        self.is_down = True
         for channel in self._channels:
-            self._loop.drop(channel, reason)
+            self._reactor.drop(channel, reason)
         self._post(LinkDown(self, reason))

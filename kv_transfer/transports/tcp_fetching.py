@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import selectors
 import socket
 from collections import deque
 from collections.abc import Callable
 
 import numpy as np
 
+from kv_transfer.addresses import is_connected
 from kv_transfer.plan import IntArray
+from kv_transfer.reactor import READ, WRITE, Channel, ConnectionLost
 from kv_transfer.transports.tcp_buffers import Buffers
-from kv_transfer.transports.tcp_loop import Channel, ConnectionLost
 from kv_transfer.transports.tcp_wire import MAGIC, PREFACE, REQUEST, RESPONSE, STATUS_OK, STATUS_REFUSED
 from kv_transfer.views import BlockView, ByteArray
 
@@ -77,8 +75,8 @@ class FetchingChannel(Channel):
         on_refused: Callable[[bytes], None],
         on_lost: Callable[[str], None],
     ) -> None:
-        """``sock`` is connecting. The callbacks run in the loop's thread; ``on_fetched`` gets the chunk's id."""
-        super().__init__(sock)
+        """``sock`` is connecting. ``on_fetched`` gets the chunk's id."""
+        self.sock = sock
         self._view = view
         self._on_up, self._on_fetched, self._on_refused, self._on_lost = on_up, on_fetched, on_refused, on_lost
         self._connected = False
@@ -105,33 +103,41 @@ class FetchingChannel(Channel):
             if request.token == token:
                 request.discard()
 
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def close(self) -> None:
+        self.sock.close()
+
     def interest(self) -> int:
         if not self._connected:
-            return selectors.EVENT_WRITE
-        return selectors.EVENT_READ | (selectors.EVENT_WRITE if self._out else 0)
+            return WRITE
+        return READ | (WRITE if self._out else 0)
 
     def ready(self, mask: int) -> None:
         if not self._connected:
-            error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if error:
-                raise ConnectionLost(f"cannot connect: {os.strerror(error)}")
-            self._connected = True
+            try:
+                self._connected = is_connected(self.sock)
+            except OSError as exc:
+                raise ConnectionLost(f"cannot connect: {exc.strerror}") from exc
+            if not self._connected:
+                return
             self._on_up()
         if self._out:
-            self._write()
-        if mask & selectors.EVENT_READ:
+            self.flush()
+        if mask & ~WRITE:
             self._read()
+
+    def flush(self) -> None:
+        try:
+            while self._out and self._connected:
+                del self._out[: self.sock.send(self._out)]
+        except BlockingIOError:
+            return
 
     def lost(self, reason: str) -> None:
         self._requests.clear()
         self._on_lost(reason)
-
-    def _write(self) -> None:
-        try:
-            sent = self.sock.send(self._out)
-        except BlockingIOError:
-            return
-        del self._out[:sent]
 
     def _read(self) -> None:
         budget = TURN_BYTES
@@ -179,23 +185,3 @@ class FetchingChannel(Channel):
                 request.finish()
                 self._on_fetched(request.chunk_id)
         return received
-
-
-def start_connecting(host: str, port: int) -> socket.socket:
-    """A socket that is on its way to ``host``; it turns writable when it is there, or has failed.
-
-    Raises:
-        OSError: it cannot even begin.
-    """
-    info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    sock = socket.socket(info[0], info[1], info[2])
-    try:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        error = sock.connect_ex(info[4])
-        if error not in (0, errno.EINPROGRESS):
-            raise OSError(error, os.strerror(error))
-    except OSError:
-        sock.close()
-        raise
-    return sock

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import selectors
 import socket
 import time
 from collections import deque
@@ -12,8 +11,8 @@ import numpy as np
 
 from kv_transfer.leases import Lease, LeaseTable
 from kv_transfer.plan import IntArray
+from kv_transfer.reactor import READ, WRITE, Channel, ConnectionLost, Reactor
 from kv_transfer.transports.tcp_buffers import Buffers
-from kv_transfer.transports.tcp_loop import Channel, ConnectionLost, TcpLoop
 from kv_transfer.transports.tcp_wire import (
     MAGIC,
     MAX_IDS_PER_REQUEST,
@@ -37,22 +36,31 @@ _ZEROS = memoryview(bytes(1 << 20))
 class Listener(Channel):
     """Takes in data connections. ``on_stranger`` is called for each one that turns out to be unwelcome."""
 
-    def __init__(self, sock: socket.socket, loop: TcpLoop, leases: LeaseTable, on_stranger: Callable[[], None]) -> None:
-        super().__init__(sock)
+    def __init__(
+        self, sock: socket.socket, reactor: Reactor, leases: LeaseTable, on_stranger: Callable[[], None]
+    ) -> None:
+        self.sock = sock
         self.served: set[ServingChannel] = set()
-        self._loop, self._leases, self._on_stranger = loop, leases, on_stranger
+        self._reactor, self._leases, self._on_stranger = reactor, leases, on_stranger
         self._is_paused = False
 
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def close(self) -> None:
+        self.sock.close()
+
     def interest(self) -> int:
-        return 0 if self._is_paused else selectors.EVENT_READ
+        return 0 if self._is_paused else READ
 
     def tick(self, now: float) -> None:
         self._is_paused = False
-        self._loop.update(self)
 
     def ready(self, mask: int) -> None:
         try:
             sock, _ = self.sock.accept()
+        except BlockingIOError:
+            return
         except OSError:
             # The peer has hung up again, or this process is out of descriptors: trying at once would spin.
             self._is_paused = True
@@ -64,10 +72,7 @@ class Listener(Channel):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         channel = ServingChannel(sock, self)
         self.served.add(channel)
-        self._loop.add(channel)
-
-    def lost(self, reason: str) -> None:
-        pass
+        self._reactor.add(channel)
 
     def revoke(self, token: bytes) -> None:
         """Read no more blocks for a transfer."""
@@ -77,7 +82,11 @@ class Listener(Channel):
     def hang_up(self, session: bytes) -> None:
         """Close what was opened with a data token."""
         for channel in [c for c in self.served if c.session == session]:
-            self._loop.drop(channel, "hung up")
+            self._reactor.drop(channel, "hung up")
+
+    def hang_up_all(self) -> None:
+        for channel in list(self.served):
+            self._reactor.drop(channel, "the transport was closed")
 
     def find(self, token: bytes, session: bytes, ids: IntArray) -> Lease | None:
         return self._leases.find(token, session, ids)
@@ -142,19 +151,25 @@ class ServingChannel(Channel):
     """
 
     def __init__(self, sock: socket.socket, listener: Listener) -> None:
-        super().__init__(sock)
+        sock.setblocking(False)
+        self.sock = sock
         self.session: bytes | None = None
         self._listener = listener
         self._received = bytearray()
         self._responses: deque[_Response] = deque()
         self._preface_until = time.monotonic() + PREFACE_TIMEOUT_S
 
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def close(self) -> None:
+        self.sock.close()
+
     def interest(self) -> int:
-        mask = selectors.EVENT_WRITE if self._responses else 0
-        return mask | (selectors.EVENT_READ if len(self._responses) < MAX_QUEUED_REQUESTS else 0)
+        return (WRITE if self._responses else 0) | (READ if len(self._responses) < MAX_QUEUED_REQUESTS else 0)
 
     def ready(self, mask: int) -> None:
-        if mask & selectors.EVENT_READ:
+        if mask & ~WRITE:
             self._read()
         self._write()
 

@@ -147,7 +147,9 @@ def test_a_source_that_was_stopped_while_bytes_flowed_changes_no_byte_after_the_
     source = keep(ranks, RemoteRank(BIG, options, "prefill", 1))
     destination = keep(ranks, LocalRank(BIG, options, "decode", 2))
     first = destination.view[0].copy()
-    source.send("r@1", range(BIG.num_blocks))
+    # One block is held back, so that it cannot be over before the abort, however fast the others move.
+    source.open_send("r@1", BIG.num_blocks)
+    source.send_blocks("r@1", 0, range(BIG.num_blocks - 1))
     destination.receive("r@1", [source.endpoint], range(BIG.num_blocks))
     wait_for(lambda: not np.array_equal(destination.view[0], first))
     source.stop()
@@ -197,7 +199,7 @@ def test_an_address_where_nobody_listens_fails_the_transfer(ranks: contextlib.Ex
     destination.receive("r@1", [source.endpoint], [1])
     failed = destination.wait("r@1")
     assert isinstance(failed, TransferFailed)
-    assert "nothing was heard" in failed.reason
+    assert "cannot connect" in failed.reason
 
 
 class Wire:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ import pytest
 from kv_transfer import KVPool, TransferOptions
 from kv_transfer.leases import LeaseTable
 from kv_transfer.plan import PairPlan, plan_pair
+from kv_transfer.reactor import Reactor
 from kv_transfer.transports.base import LaneEvent, Revoked
 from kv_transfer.transports.tcp import TcpTransport
 from kv_transfer.transports.tcp_wire import MAGIC, MAX_IDS_PER_REQUEST, PREFACE, REQUEST, RESPONSE
@@ -31,7 +33,24 @@ class Serving:
         self.leases = LeaseTable(BIG.num_blocks)
         self.events: queue.Queue[LaneEvent] = queue.Queue()
         self.transport = TcpTransport(self.pool, TransferOptions(), self.leases, self.events.put)
+        self._reactor, self._lock, self._closing = Reactor(), threading.Lock(), False
+        self.transport.attach(self._reactor)
         self.port = int(self.transport.offer()["port"])
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def between_turns(self, call: Callable[[], None]) -> None:
+        """Have the transport do something as a messenger would."""
+        with self._lock:
+            call()
+            self._reactor.flush()
+
+    def _run(self) -> None:
+        while not self._closing:
+            found = self._reactor.wait(WAIT_S)
+            with self._lock:
+                self._reactor.dispatch(found)
+                self._reactor.flush()
 
     def connect(self, session: bytes = SESSION) -> socket.socket:
         sock = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
@@ -39,7 +58,11 @@ class Serving:
         return sock
 
     def close(self) -> None:
+        self._closing = True
+        self._reactor.wake()
+        self._thread.join(WAIT_S)
         self.transport.close()
+        self._reactor.close("")
         self.pool.close()
 
 
@@ -116,7 +139,7 @@ def test_after_a_revocation_the_pool_is_read_no_more_and_the_stream_stays_in_ste
         size = BIG.pool_bytes
         assert RESPONSE.unpack(read(sock, RESPONSE.size)) == (0, 0, size)
         serving.leases.end(TOKEN)
-        serving.transport.revoke(TOKEN)
+        serving.between_turns(lambda: serving.transport.revoke(TOKEN))
         event = serving.events.get(timeout=WAIT_S)
         assert isinstance(event, Revoked)
         assert event.token == TOKEN
@@ -152,7 +175,7 @@ def test_hanging_up_closes_what_a_session_has_opened_and_nothing_else(
         for sock in (mine, other):
             ask(sock, 0, [1], token=b"x" * 16)
             read(sock, RESPONSE.size)
-        serving.transport.hang_up(SESSION)
+        serving.between_turns(lambda: serving.transport.hang_up(SESSION))
         assert mine.recv(1) == b""
         ask(other, 1, [1], token=b"x" * 16)
         assert RESPONSE.unpack(read(other, RESPONSE.size)) == (1, 1, 0)
