@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from splitwise_sched.types import Output
 
-MAX_EARLY = 10_000
+# What waits for a gap to be filled; beyond it the gap grows, and is filled by a re-run.
+MAX_EARLY, MAX_EARLY_TOKENS = 10_000, 100_000
 
 
 class Assembly:
@@ -27,6 +28,12 @@ class Assembly:
         self.token_ids: list[int] = list(token_ids)
         self.ended = False
         self._early: dict[int, Output] = {}
+        self._num_early_tokens = 0
+
+    @property
+    def has_gap(self) -> bool:
+        """Tokens are here that come after others which are not."""
+        return bool(self._early)
 
     def raise_epoch(self, epoch: int) -> bool:
         """Everything under lower epochs is stale from here. False: ``epoch`` is stale itself."""
@@ -34,7 +41,7 @@ class Assembly:
             return False
         if epoch > self.epoch:
             self.epoch = epoch
-            self._early.clear()
+            self._forget_early()
         return True
 
     def feed(self, output: Output) -> list[Output]:
@@ -53,8 +60,7 @@ class Assembly:
         while next_output is not None:
             position = len(self.token_ids)
             if next_output.index > position:
-                if len(self._early) < MAX_EARLY:
-                    self._early[next_output.index] = next_output
+                self._keep_early(next_output)
                 break
             skip = position - next_output.index
             fresh = next_output.token_ids[skip:]
@@ -65,8 +71,21 @@ class Assembly:
                     replace(next_output, index=position, token_ids=fresh, logprobs=next_output.logprobs[skip:])
                 )
             if self.ended:
-                self._early.clear()
+                self._forget_early()
                 break
             ready = [index for index in self._early if index <= len(self.token_ids)]
             next_output = self._early.pop(min(ready)) if ready else None
+            if next_output is not None:
+                self._num_early_tokens -= len(next_output.token_ids)
         return given
+
+    def _keep_early(self, output: Output) -> None:
+        known = self._early.get(output.index)
+        more = len(output.token_ids) - (0 if known is None else len(known.token_ids))
+        if len(self._early) < MAX_EARLY and self._num_early_tokens + more <= MAX_EARLY_TOKENS:
+            self._early[output.index] = output
+            self._num_early_tokens += more
+
+    def _forget_early(self) -> None:
+        self._early.clear()
+        self._num_early_tokens = 0

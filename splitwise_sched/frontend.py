@@ -278,11 +278,11 @@ class FrontEnd:
 
     # ---- recovery ------------------------------------------------------------------------------------------------
 
-    def _recover(self, stream: OutputStream, reason: str, *, done_too: bool = False) -> None:
+    def _recover(self, stream: OutputStream, reason: str, *, done_too: bool = False, recall: bool = False) -> None:
         if stream.recovery is None or stream.recovery.done():
-            stream.recovery = asyncio.create_task(self._put_back(stream, reason, done_too))
+            stream.recovery = asyncio.create_task(self._put_back(stream, reason, done_too, recall))
 
-    async def _put_back(self, stream: OutputStream, reason: str, done_too: bool) -> None:
+    async def _put_back(self, stream: OutputStream, reason: str, done_too: bool, recall: bool) -> None:
         """Queue a lost request again, with what its user already has as part of its input."""
         emitted = tuple(stream.assembly.token_ids)
         request = replace(stream.request, emitted_token_ids=emitted)
@@ -312,6 +312,7 @@ class FrontEnd:
                 model=request.model,
                 attempts=stream.attempts,
                 done_too=done_too,
+                recall=recall,
                 flow=self._flow(request),
             )
         except StoreUnavailable as exc:
@@ -371,6 +372,16 @@ class FrontEnd:
                 self._recover(stream, "this front end had been taken for dead")
             elif known[0] not in ("queued", "prefill", "decode"):
                 self._doubt(stream, known[0], "")
+            else:
+                self._look_for_gap(stream)
+
+    def _look_for_gap(self, stream: OutputStream) -> None:
+        """Outputs were trimmed away before this front end read them, when the same ones are missing for a while."""
+        position = len(stream.assembly.token_ids)
+        is_old = stream.assembly.has_gap and stream.gap_at == position
+        stream.gap_at = position if stream.assembly.has_gap else None
+        if is_old:
+            self._recover(stream, f"its outputs from position {position} on never came", recall=True)
 
     def _doubt(self, stream: OutputStream, state: str, reason: str) -> None:
         """Redis says that it ended, but its last output has not come: it may be under way, or trimmed away."""

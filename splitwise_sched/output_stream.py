@@ -25,6 +25,7 @@ class OutputStream(AsyncIterator[Output]):
         deadline: monotonic, s.
         attempts: times that it was put back.
         num_replicas: that had the request when it counted as submitted; None where nobody waited for that.
+        gap_at: position at which tokens were missing when that was last looked at.
         doubts: times in a row that Redis said it had ended, with its last output still missing.
     """
 
@@ -38,6 +39,7 @@ class OutputStream(AsyncIterator[Output]):
         self.attempts = 0
         self.num_replicas: int | None = None
         self.doubts = 0
+        self.gap_at: int | None = None
         self.recovery: asyncio.Task[None] | None = None
         self._cancel = cancel
         self._outputs: deque[Output | SplitwiseError] = deque()

@@ -115,6 +115,7 @@ class Store(Connection):
         model: str,
         attempts: int,
         done_too: bool,
+        recall: bool = False,
         flow: Flow,
     ) -> list[Any]:
         """See resubmit.lua. The body is replaced when the request is queued by this."""
@@ -124,7 +125,7 @@ class Store(Connection):
         return cast("list[Any]", await self.script(
             "resubmit", keys, request_id, frontend_id, nonce,
             epoch_seen, timeout_ms, retain_ms, input_tokens, kv_tokens, model,
-            self._settings.scheduler_max_attempts, attempts, int(done_too), *flow,
+            self._settings.scheduler_max_attempts, attempts, 2 if recall else int(done_too), *flow,
         ))  # fmt: skip
 
     async def cancel(self, request_id: str, why: str, retain_ms: int, state: str = "cancelled") -> tuple[bool, str]:

@@ -37,6 +37,7 @@ _ARGUMENTS = {
     "submit_as": ("new_request", ""),
     "submit_again": ("live_request",),
     "resubmit": ("lost_request", ""),
+    "recall": ("live_request",),
     "cancel": ("live_request",),
     "cancel_waiting": ("waiting_request",),
     "late": ("live_request",),
@@ -247,13 +248,23 @@ class Lab:
         verdict, (detail,) = await self.store.submit(request_id, s.body, **s.to_store(), preference=preference)
         return verdict, detail
 
-    async def _resubmit(self, request_id: str, done_too: bool) -> Any:
+    async def _recall(self, request_id: str) -> Any:
+        return await self._resubmit(request_id, False, recall=True)
+
+    async def _recall_of(self, request_id: str, epoch: int) -> Any:
+        """By a front end that has not heard of anything since ``epoch``."""
+        s = self.submits[request_id]
+        seen = {"epoch_seen": epoch, "attempts": s.attempts, "done_too": False, "recall": True}
+        expected = self.model.resubmit(request_id, s.given, b"stale", **seen)
+        return await self.store.resubmit(request_id, b"stale", **s.to_store(), **seen), expected
+
+    async def _resubmit(self, request_id: str, done_too: bool, *, recall: bool = False) -> Any:
         s = self.submits[request_id]
         if s.given.frontend not in self.model.out:
             return None, None
         if (known := self.model.requests.get(request_id)) is not None:
             s.epoch_seen, s.attempts = known.epoch, known.attempts
-        seen = {"epoch_seen": s.epoch_seen, "attempts": s.attempts, "done_too": done_too}
+        seen = {"epoch_seen": s.epoch_seen, "attempts": s.attempts, "done_too": done_too, "recall": recall}
         body = f"{request_id} again {self._nonce()}".encode()
         expected = self.model.resubmit(request_id, s.given, body, **seen)
         return await self.store.resubmit(request_id, body, **s.to_store(), **seen), expected

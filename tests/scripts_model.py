@@ -305,9 +305,19 @@ class Topic:
         return "QUEUED", 1
 
     def resubmit(
-        self, request_id: str, given: Given, body: bytes, *, epoch_seen: int, attempts: int, done_too: bool
+        self,
+        request_id: str,
+        given: Given,
+        body: bytes,
+        *,
+        epoch_seen: int,
+        attempts: int,
+        done_too: bool,
+        recall: bool = False,
     ) -> list[Any]:
         r = self.requests.get(request_id)
+        if recall and r is not None and r.state in ("prefill", "decode") and r.epoch == epoch_seen:
+            self._lose(r, "", "some of its outputs never came to its front end")
         if r is not None:
             if r.state == "done" and done_too:
                 r.epoch += 1

@@ -5,7 +5,8 @@
 --   ARGV[5]  highest epoch that the front end has seen      [6] ms until it expires      [7] ms of retention
 --   ARGV[8]  input tokens (prompt and what was emitted)     [9] KV tokens to reserve     [10] model
 --   ARGV[11] attempts at most  [12] attempts that the front end knows of
---   ARGV[13] "1": also when it is done, because its last outputs never came to the front end
+--   ARGV[13] "1": also when it is done, because its last outputs never came to the front end; "2": also out of the hands
+--            of who works on it, because outputs in the middle never came
 --   ARGV[14] class             [15] its weight            [16] tenant
 --   It was served its share before, so it does not wait in the waiting room again.
 --   returns  {"QUEUED", epoch} | {"HELD", state} | {"ENDED", state, reason} | {"FAILED", reason}
@@ -16,6 +17,10 @@ local LEAP = 100
 
 local id, timeout, retain = ARGV[2], tonumber(ARGV[6]), tonumber(ARGV[7])
 local r = load(id)
+if r and ARGV[13] == '2' and r.epoch == ARGV[5] and (r.state == 'prefill' or r.state == 'decode') then
+  lose(id, r, '', 'some of its outputs never came to its front end')
+  r = load(id)
+end
 if r and r.state == 'done' and ARGV[13] == '1' then
   r.epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
 elseif r and r.state ~= 'lost' and not (r.state == 'cancelled' and redis.call('HGET', KEYS[1], 'orphaned')) then

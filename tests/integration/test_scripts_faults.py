@@ -79,6 +79,10 @@ FAULTS: dict[str, tuple[str, str, str, list[tuple[Any, ...]]]] = {
         [*PREFILLED, ("frontend_dies", "f0"), ("cancel_orphans", "f0"), ("frontend_wakes", "f0"),
          ("resubmit", "r0", False)],
     ),
+    "recall takes away a run that it has not heard of": (
+        "resubmit", "r.epoch == ARGV[5] and (r.state", "(r.state",
+        [*LOST_AND_BOUND_AGAIN, ("recall_of", "r0", 1)],
+    ),
     "front end that closed is not swept": (
         "orphans", "if page[1] == '0' then redis.call('ZREM', KEYS[2], me) end\n", "",
         [*PREFILLED, ("frontend_dies", "f0"), ("cancel_orphans", "f0")],

@@ -36,6 +36,7 @@ _OPERATIONS: dict[str, tuple[int, tuple[st.SearchStrategy[Any], ...]]] = {
     "step": (20, (_rank,)),
     "finish": (10, (_rank,)),
     "resubmit": (12, (_rank, st.booleans())),
+    "recall": (2, (_rank,)),
     "submit_again": (2, (_rank,)),
     "bind_again": (5, (_rank,)),
     "cancel": (3, (_rank,)),
