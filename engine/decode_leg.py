@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from engine.handover import Handover, MalformedHandover
+from engine.errors import KVRejected, MalformedHandover
+from engine.handover import Handover
 from engine.port import EngineDriver, Mode, TokensOut
 from engine.prefill_leg import Returns
 from engine.ranks import RankGroup
@@ -114,7 +115,7 @@ class DecodeLeg:
         if run.over is None and isinstance(event, Received):
             try:
                 return self._take_over(key, run, event)
-            except MalformedHandover as exc:
+            except (MalformedHandover, KVRejected) as exc:
                 self._steps.give_back(run.request.request_id, run.epoch, str(exc), retry=True, pair_failed=True)
         elif run.over is None and isinstance(event, TransferFailed):
             why = f"KV transfer from {event.peer or 'prefill'} failed: {event.reason}"

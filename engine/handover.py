@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from engine.errors import MalformedHandover
 from engine.port import TokensOut
 from splitwise_sched.errors import SplitwiseError
 from splitwise_sched.outputs import decode_output, encode_output
 from splitwise_sched.types import Output
 
 MAX_AUX_BYTES = 1 << 20
-
-
-class MalformedHandover(SplitwiseError):
-    """A hand-over that no prefill instance of this version writes, or one for another input."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,7 @@
-"""What the runner asks of an engine that we drive.
+"""The two sides on which an engine meets this package.
 
-Life of a request on a prefill instance: ``submit(PREFILL)`` → steps yield ``BlocksReady`` as chunks finish, then
-``TokensOut`` with the first token → the blocks stay until ``release``. On a decode instance: ``reserve`` → KV is
-written into the blocks from outside → ``commit`` with the first token → steps yield ``TokensOut`` to the end. On a
-mixed instance that keeps a request: ``submit(FULL)``.
-
-Every method is called from one thread, does no I/O and waits for nothing. ``key`` names one run of one request
-(the runner puts request id and epoch into it); engines treat it as opaque.
+``EngineDriver`` is for engines that compute when they are told to: the runner calls them. ``KVPort`` is for engines
+whose own loop decides what runs when: that loop calls us, and only KV moves through it.
 """
 
 from __future__ import annotations
@@ -16,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.layout import KVLayout
 from kv_transfer.memory import KVPool
 from splitwise_sched.types import FinishReason, Request, TokenLogprob
@@ -93,7 +89,16 @@ EngineEvent = BlocksReady | TokensOut
 
 
 class EngineDriver(ABC):
-    """A self-contained engine that computes when, and only when, ``step`` is called."""
+    """A self-contained engine that computes when, and only when, ``step`` is called.
+
+    Life of a request on a prefill instance: ``submit(PREFILL)`` → steps yield ``BlocksReady`` as chunks finish, then
+    ``TokensOut`` with the first token → the blocks stay until ``release``. On a decode instance: ``reserve`` → KV is
+    written into the blocks from outside → ``commit`` with the first token → steps yield ``TokensOut`` to the end. On
+    a mixed instance that keeps a request: ``submit(FULL)``.
+
+    Every method is called from one thread, does no I/O and waits for nothing. ``key`` names one run of one request
+    (the runner puts request id and epoch into it); engines treat it as opaque.
+    """
 
     @property
     @abstractmethod
@@ -127,7 +132,11 @@ class EngineDriver(ABC):
 
     @abstractmethod
     def commit(self, key: str, first: TokensOut) -> None:
-        """The reserved blocks hold the KV: decode on from ``first``, whose token is not yet in the KV."""
+        """The reserved blocks hold the KV: decode on from ``first``, whose token is not yet in the KV.
+
+        Raises:
+            KVRejected: what came is not KV of this request. The run is as it was; ``abort`` follows.
+        """
 
     @abstractmethod
     def release(self, key: str) -> None:
@@ -154,3 +163,84 @@ class EngineDriver(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free the pools; nothing may be using them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """Nobody reads the blocks of a prefill run any more.
+
+    Attributes:
+        failure: why decode does not have them; None when it does.
+    """
+
+    key: str
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """All KV of a decode run is in its blocks.
+
+    Attributes:
+        aux: what prefill gave to ``on_prefill_done``.
+    """
+
+    key: str
+    aux: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The KV of a decode run will not come, and nothing writes its blocks any more: compute it here, or fail."""
+
+    key: str
+    reason: str
+
+
+PortEvent = Released | Loaded | Rejected
+
+
+class KVPort(ABC):
+    """One TP rank's way to move KV, for an engine that drives itself.
+
+    Prefill: ``hold`` before its first chunk → ``on_blocks`` as chunks finish → ``on_prefill_done`` → ``Released``.
+    Decode: ``reserve`` once blocks are allocated, which may be before or after the ``hold`` → ``Loaded`` or
+    ``Rejected``. A run has exactly one event on either side; until the engine has polled it, the blocks are not to be
+    reused. ``abort`` brings that event about.
+
+    Every method only enqueues, and is called from one thread, which may be that of the forward pass. What a peer does,
+    or fails to do, comes as an event and never as an exception; calls for runs that have ended do nothing.
+    """
+
+    @property
+    @abstractmethod
+    def endpoint(self) -> RankEndpoint:
+        """For the lease record, from which peers get their ``source``."""
+
+    @abstractmethod
+    def hold(self, key: str, *, num_blocks: int, deadline_s: float) -> None:
+        """A prefill run of so many blocks begins, to be fetched within ``deadline_s`` from now."""
+
+    @abstractmethod
+    def on_blocks(self, key: str, first_index: int, block_ids: Sequence[int]) -> None:
+        """Blocks ``first_index`` onward of its block table are complete in the pool."""
+
+    @abstractmethod
+    def on_prefill_done(self, key: str, aux: bytes) -> None:
+        """All its blocks were given; ``aux`` (first token, logprobs) travels with the last."""
+
+    @abstractmethod
+    def reserve(self, key: str, source: Sequence[RankEndpoint], block_ids: Sequence[int], *, deadline_s: float) -> None:
+        """Fetch a run's KV into ``block_ids`` as it gets ready on ``source``, all ranks of the prefill instance."""
+
+    @abstractmethod
+    def abort(self, key: str, reason: str) -> None:
+        """Give a run up, whichever side of it is here."""
+
+    @abstractmethod
+    def poll(self) -> list[PortEvent]:
+        """Events since the last call."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop moving; the pool may be freed after it. Idempotent."""

@@ -7,7 +7,6 @@ from typing import Literal
 
 from pydantic import Field, SecretStr, field_validator
 
-from engine.transformers.options import TransformersOptions
 from kv_transfer.errors import KVTransferError
 from kv_transfer.options import TransferOptions, parse_protocols
 from splitwise_sched.errors import ConfigError
@@ -48,10 +47,12 @@ class InstanceSettings(ExplicitSettings):
 
 
 class EngineSettings(ExplicitSettings):
-    """The transformers engine."""
+    """The engine and its model. What an engine has no use for is refused by it, or says so."""
 
-    engine: Literal["transformers"] = Field("transformers", description="Inference engine that runs the model.")
-    model: str = Field(description="Model directory, or Hugging Face hub id.")
+    engine: str = Field(
+        "transformers", description="Inference engine that runs the model: transformers, or another that is installed."
+    )
+    model: str = Field(min_length=1, description="Model directory, or Hugging Face hub id.")
     served_model_name: str | None = Field(None, description="Name that requests ask for. Left out: --model as given.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of weights and KV; auto is the model's own."
@@ -71,23 +72,6 @@ class EngineSettings(ExplicitSettings):
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the engine. Left out: torch's choice.")
     tensor_parallel_size: Literal[1] = Field(1, description="Ranks that share the model; this engine has one.")
-
-    def options(self, role: Role) -> TransformersOptions:
-        """Raises ConfigError, naming the option."""
-        return TransformersOptions(
-            model=self.model,
-            served_model_name=self.served_model_name,
-            role=role,
-            dtype=self.dtype,
-            device=self.device,
-            block_size=self.block_size,
-            num_blocks=self.num_gpu_blocks_override,
-            kv_memory_bytes=None if self.kv_memory_mb is None else self.kv_memory_mb << 20,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_model_len=self.max_model_len,
-            num_threads=self.num_threads,
-        )
 
 
 class TransferSettings(ExplicitSettings):

@@ -9,7 +9,6 @@ import signal
 import socket
 import time
 from contextlib import ExitStack, closing
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -47,13 +46,13 @@ def _serve(
     scheduler: SchedulerSettings,
 ) -> None:
     from engine.instance_http import InstanceHttp
+    from engine.plugins import load_engine
     from engine.runner import Runner, RunnerOptions
-    from engine.transformers import create
     from kv_transfer.transports.registry import load_transports
     from splitwise_sched.connection import check
 
     role = instance.splitwise_role
-    options, transfer = engine_settings.options(role), transfer_settings.options()
+    plugin, transfer = load_engine(engine_settings.engine), transfer_settings.options()
     status: dict[str, Any] = {}
 
     def change_role(role: Role) -> None:
@@ -71,14 +70,14 @@ def _serve(
     # What can be wrong is found before the model is loaded, which may take minutes.
     asyncio.run(check(scheduler))
     load_transports(transfer.protocols)
-    click.echo(f"loading {options.model} ...", err=True)
-    driver = stack.enter_context(closing(create(options)))
+    click.echo(f"loading {engine_settings.model} ...", err=True)
+    driver = stack.enter_context(closing(plugin.create(engine_settings, role)))
     details = {
         "engine": engine_settings.engine,
         "host": socket.gethostname(),
         "pid": str(os.getpid()),
         "address": f"{instance.host}:{ports[0].port}" if ports else "",
-        "tokenizer": str(Path(options.model).resolve()) if Path(options.model).is_dir() else "",
+        "tokenizer": str(plugin.tokenizer_dir(engine_settings) or ""),
     }
     runner_options = RunnerOptions(
         name=instance.name, role=role, max_waiting_tokens=instance.max_waiting_tokens, details=details

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.batching.sequence import Sequence
 from engine.transformers.paged_kv import PagedKV
-from engine.transformers.sequence import Sequence
 from engine.transformers.spans import MAX_GATHER_BYTES, CausalMasks, ChunkSpan, DecodeSpan, PagedPass, group_by_length
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from engine.transformers.blocks import num_blocks_for
+from engine.batching.blocks import num_blocks_for
 from engine.transformers.fingerprint import fingerprint
 from engine.transformers.loading import LoadedModel
 from engine.transformers.options import DEFAULT_KV_MEMORY_BYTES, TransformersOptions

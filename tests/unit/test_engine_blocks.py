@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.transformers.blocks import BlockAllocator, num_blocks_for
+from engine.batching.blocks import BlockAllocator, num_blocks_for
 
 NUM_BLOCKS = 20
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
+from engine.batching.draws import Draw, Sampled, seed_of, uniform  # noqa: E402
 from engine.transformers import sampler  # noqa: E402
-from engine.transformers.sampler import Draw, Sampled, sample, seed_of, uniform  # noqa: E402
+from engine.transformers.sampler import sample  # noqa: E402
 from splitwise_sched.types import SamplingParams  # noqa: E402
 
 VOCAB_SIZE = 400

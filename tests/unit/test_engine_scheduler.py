@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.transformers.blocks import BlockAllocator, num_blocks_for
-from engine.transformers.scheduler import Candidate, Chunk, StepPlan, plan_step
+from engine.batching.blocks import BlockAllocator, num_blocks_for
+from engine.batching.scheduler import Candidate, Chunk, StepPlan, plan_step
 
 BLOCK_SIZE = 4
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from engine.batching.scheduler import Candidate
+from engine.batching.stopping import StopChecker
 from engine.port import Mode
-from engine.transformers.scheduler import Candidate
-from engine.transformers.stopping import StopChecker
 from splitwise_sched.types import Request
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from splitwise_sched.detokenizer import IncrementalDecoder
+from splitwise_sched.detokenizer import IncrementalDecoder, TokenTexts
 from splitwise_sched.stop_strings import StopMatcher
-from splitwise_sched.tokenizer import Tokenizer
 from splitwise_sched.types import FinishReason, SamplingParams
 
 
@@ -21,13 +20,13 @@ class StopChecker:
     """Watches the output tokens of one sequence; each is pushed once, in order, those already emitted included."""
 
     def __init__(
-        self, sampling: SamplingParams, eos_token_ids: Iterable[int], tokenizer: Tokenizer, emitted: Sequence[int] = ()
+        self, sampling: SamplingParams, eos_token_ids: Iterable[int], texts: TokenTexts, emitted: Sequence[int] = ()
     ) -> None:
         self._max_tokens = sampling.max_tokens
         self._eos = frozenset() if sampling.ignore_eos else frozenset(eos_token_ids)
         self._stop_token_ids = frozenset(sampling.stop_token_ids)
         self._matcher = StopMatcher(sampling.stop) if sampling.stop else None
-        self._decoder = IncrementalDecoder(tokenizer) if sampling.stop else None
+        self._decoder = IncrementalDecoder(texts) if sampling.stop else None
         self._num_output = 0
         for token_id in emitted:
             self.push(token_id)

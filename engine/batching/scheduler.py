@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.transformers.blocks import num_blocks_for
+from engine.batching.blocks import num_blocks_for
 
 
 @dataclass(frozen=True, slots=True)
