@@ -1,0 +1,1 @@
+"""The processes of a run, each on asyncio, each talking to the harness over a channel."""

@@ -1,0 +1,77 @@
+"""What a kill costs: when the requests of the dead instance run elsewhere, and for how long their users see nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from redis.exceptions import RedisError
+
+from splitwise_sched.keys import PREFILL_GROUP, Keys
+from tests.chaos.fleet import Member
+from tests.chaos.ledger import Ledger
+
+LOOK_TIMEOUT_S = 0.5
+MAX_HELD = 5000
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A run that an instance held when it was killed."""
+
+    request_id: str
+    epoch: int
+    role: str
+    killed_at: float
+
+
+class Kills:
+    def __init__(self, client, keys: Keys) -> None:
+        self.victims: list[Victim] = []
+        self.num_unseen = 0
+        self._client, self._keys = client, keys
+
+    async def note(self, member: Member) -> None:
+        """Right after the kill of an instance."""
+        at = time.monotonic()
+        try:
+            held = await asyncio.wait_for(self._held_by(member), LOOK_TIMEOUT_S)
+        except (RedisError, OSError, asyncio.TimeoutError):
+            self.num_unseen += 1  # Redis was away, too
+            return
+        self.victims += [Victim(request_id, epoch, member.role, at) for request_id, epoch in held]
+
+    async def _held_by(self, member: Member) -> list[tuple[str, int]]:
+        instance_id = member.instance_id
+        if instance_id is None:
+            return []
+        rows = await self._client.xrange(self._keys.inbox(instance_id), count=MAX_HELD)
+        if member.role != "decode":
+            queue = self._keys.queue
+            pending = await self._client.xpending_range(queue, PREFILL_GROUP, "-", "+", MAX_HELD, instance_id)
+            for claim in pending:
+                rows += await self._client.xrange(queue, claim["message_id"], claim["message_id"])
+        return [(fields["id"], int(fields["epoch"])) for _, fields in rows]
+
+    def relocations_s(self, ledger: Ledger) -> list[float]:
+        """From the kill until another instance was given the request, of those that went on."""
+        found = []
+        for victim in self.victims:
+            entry = ledger.entries.get(victim.request_id)
+            later = [at for epoch, at in entry.epochs.items() if epoch > victim.epoch] if entry else []
+            if later:
+                found.append(max(0.0, min(later) - victim.killed_at))
+        return found
+
+    def gaps_s(self, ledger: Ledger) -> list[float]:
+        """Silence that users of streams saw whose decode instance was killed."""
+        found = []
+        for victim in self.victims:
+            entry = ledger.entries.get(victim.request_id)
+            if entry is None or victim.role != "decode" or entry.outcome != "complete":
+                continue
+            around = [end - begin for begin, end in entry.gaps if begin - 0.1 <= victim.killed_at <= end]
+            if around:
+                found.append(max(around))
+        return found

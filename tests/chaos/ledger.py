@@ -1,0 +1,119 @@
+"""Every request of a run as seen from outside: submitted, ended, how; and what is wrong with it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.chaos.workload import ask_of, fault_in
+
+
+@dataclass
+class Entry:
+    """One request.
+
+    Attributes:
+        owner: the process whose user it is, as (name, generation).
+        epochs: when a re-run was given to an instance, by epoch: monotonic time.
+    """
+
+    owner: tuple[str, int]
+    submitted_at: float
+    ended_at: float | None = None
+    outcome: str = ""
+    epochs: dict[int, float] = field(default_factory=dict)
+    gaps: list[tuple[float, float]] = field(default_factory=list)
+
+
+class Ledger:
+    """Args:
+    timeout_s, grace_s: of a request; nobody may wait for longer than both together.
+    """
+
+    def __init__(self, timeout_s: float, grace_s: float) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.open: dict[tuple[str, int], set[str]] = {}
+        self.orphans: set[str] = set()
+        self.outcomes: Counter[str] = Counter()
+        self.refusals: Counter[str] = Counter()
+        self.lost: list[str] = []
+        self.wrong: list[str] = []
+        self.late: list[str] = []
+        self.num_tokens = 0
+        self._wait_s = timeout_s + grace_s
+        self._stopped: Counter[tuple[str, int]] = Counter()
+
+    def submitting(self, owner: tuple[str, int], request_id: str) -> None:
+        if request_id in self.entries:
+            self.wrong.append(f"{request_id}: submitted twice by the harness")
+        self.entries[request_id] = Entry(owner, time.monotonic())
+        self.open.setdefault(owner, set()).add(request_id)
+
+    def ended(
+        self, request_id: str, outcome: str, tokens: list[int], gaps: list[tuple[float, float]], detail: str
+    ) -> None:
+        entry = self.entries[request_id]
+        if entry.ended_at is not None:
+            self.wrong.append(f"{request_id}: ended twice: {entry.outcome}, then {outcome}")
+            return
+        entry.ended_at, entry.outcome, entry.gaps = time.monotonic(), outcome, gaps
+        self.open[entry.owner].discard(request_id)
+        self.outcomes[outcome] += 1
+        self.num_tokens += len(tokens)
+        ask = ask_of(request_id)
+        waited_s = entry.ended_at - entry.submitted_at - self._stopped[entry.owner]
+        if waited_s > self._wait_s:
+            self.late.append(f"{request_id}: {outcome} after {waited_s:.1f} s")
+        fault = fault_in(ask, tokens, complete=outcome == "complete")
+        if fault is not None:
+            self.wrong.append(f"{request_id}: {fault} ({outcome} {detail})")
+        elif outcome == "refused":
+            self.refusals[detail.split(":", 1)[0]] += 1
+        elif outcome == "cancelled":
+            if ask.cancel_after is None:
+                self.lost.append(f"{request_id}: cancelled, though its user stayed: {detail}")
+        elif outcome != "complete":
+            self.lost.append(f"{request_id}: {outcome} after {len(tokens)} tokens: {detail}")
+        elif detail:
+            self.wrong.append(f"{request_id}: {detail}")
+
+    def assigned(self, request_id: str, epoch: int, at: float) -> None:
+        entry = self.entries.get(request_id)
+        if entry is not None:
+            entry.epochs.setdefault(epoch, at)
+
+    def killed(self, owner: tuple[str, int]) -> None:
+        """A front end was killed: nobody waits for its requests any more."""
+        orphans = self.open.pop(owner, set())
+        self.orphans |= orphans
+        self.outcomes["orphaned"] += len(orphans)
+
+    def stopped(self, owner: tuple[str, int], seconds: float) -> None:
+        """A front end was stopped for so long; its users could hear nothing, which is no fault."""
+        self._stopped[owner] += seconds  # type: ignore[assignment]
+
+    @property
+    def num_open(self) -> int:
+        return sum(map(len, self.open.values()))
+
+    @property
+    def num_reruns(self) -> int:
+        return sum(len(entry.epochs) for entry in self.entries.values())
+
+    def close(self) -> None:
+        """Whoever still waits is lost."""
+        for owner, request_ids in self.open.items():
+            for request_id in sorted(request_ids):
+                waits_s = time.monotonic() - self.entries[request_id].submitted_at
+                self.lost.append(f"{request_id}: no end after {waits_s:.1f} s, at {owner[0]}.{owner[1]}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "submitted": len(self.entries),
+            "outcomes": dict(self.outcomes),
+            "refusals": dict(self.refusals),
+            "tokens": self.num_tokens,
+            "reruns": self.num_reruns,
+        }
