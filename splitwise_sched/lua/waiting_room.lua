@@ -11,8 +11,9 @@
 --   waiting:<class>:<tenant>    ZSET  request id by deadline (ms)
 --   served:<ring>               ZSET  flows that have left a ring ahead of the virtual time, by the end of their service
 --   virtual-time                HASH  by ring: "classes", "class:<class>"
+-- The last two are kept for a while when the room is empty, so that shares hold over short lulls, and then go.
 
-local SHORT_QUEUE = 64
+local SHORT_QUEUE, MEMORY_MS = 64, 600000
 
 -- queue entries that no instance has claimed; XPENDING would tell it too, but goes through all consumers
 local function unclaimed(length)
@@ -49,7 +50,20 @@ local function room_of(class, tenant)
   return P .. 'waiting:' .. class .. ':' .. tenant
 end
 
+-- how each ring was served stays while somebody waits, and then for MEMORY_MS
+local function each_memory(command, ...)
+  for _, ring in ipairs(redis.call('HKEYS', P .. 'virtual-time')) do
+    redis.call(command, P .. 'served:' .. ring, ...)
+  end
+  redis.call(command, P .. 'virtual-time', ...)
+end
+
+local function room_is_empty()
+  return redis.call('EXISTS', P .. 'waiting') == 0
+end
+
 local function enter_room(id, r)
+  if room_is_empty() then each_memory('PERSIST') end
   redis.call('ZADD', room_of(r.class, r.tenant), r.deadline_ms, id)
   activate(P .. 'waiting:' .. r.class, 'class:' .. r.class, r.tenant)
   activate(P .. 'waiting', 'classes', r.class)
@@ -63,6 +77,7 @@ leave_room = function(id, r)
     redis.call('ZREM', P .. 'waiting:' .. r.class, r.tenant)
     if redis.call('EXISTS', P .. 'waiting:' .. r.class) == 0 then redis.call('ZREM', P .. 'waiting', r.class) end
   end
+  if room_is_empty() then each_memory('PEXPIRE', MEMORY_MS) end
 end
 
 local function next_in(key)
@@ -70,13 +85,13 @@ local function next_in(key)
 end
 
 feed_queue = function()
-  if redis.call('EXISTS', P .. 'waiting') == 0 then return end
+  if room_is_empty() then return end
   for _ = 1, SHORT_QUEUE - unclaimed() do
     local class = next_in(P .. 'waiting')
-    if not class then return end
+    if not class then break end
     local tenant = next_in(P .. 'waiting:' .. class)
     local id = tenant and next_in(room_of(class, tenant))
-    if not id then return end
+    if not id then break end
     redis.call('ZREM', room_of(class, tenant), id)
     count('waiting', -1)
     local r = load(id)
@@ -89,11 +104,12 @@ feed_queue = function()
       place(id, r)
     end
   end
+  if room_is_empty() then each_memory('PEXPIRE', MEMORY_MS) end
 end
 
 -- a new request goes into the stream, which has `length` entries, when nobody waits and it is short; else into the room
 local function admit(id, r, length)
-  if redis.call('EXISTS', P .. 'waiting') == 0 and (length < SHORT_QUEUE or unclaimed(length) < SHORT_QUEUE) then
+  if room_is_empty() and (length < SHORT_QUEUE or unclaimed(length) < SHORT_QUEUE) then
     place(id, r)
   else
     enter_room(id, r)

@@ -7,7 +7,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tests.chaos.fleet import LINK, Fleet, Member
 from tests.chaos.kills import Kills
 from tests.chaos.leaks import leaks_of
 from tests.chaos.ledger import Ledger
-from tests.chaos.plan import PLANS, draw_plan
+from tests.chaos.plan import PLANS, Event, draw_plan
 from tests.chaos.report import Result
 from tests.chaos.rigs import Rig, make_rig
 from tests.chaos.spec import RunSpec
@@ -35,13 +35,16 @@ POLL_S = 0.25
 MARGIN_S = 5.0
 
 
-async def run(spec: RunSpec) -> Result:
-    """Raises RigMissing when the server is not on this machine."""
+async def run(spec: RunSpec, events: Sequence[Event] | None = None) -> Result:
+    """One run; ``events`` instead of what its seed would draw.
+
+    Raises RigMissing when the server is not on this machine.
+    """
     folder = Path(tempfile.mkdtemp(prefix="splitwise-chaos-"))
     rig = make_rig(spec.server, folder)
     try:
         await rig.start()
-        result = await _Run(spec, folder, rig).go()
+        result = await _Run(spec, folder, rig).go(events)
     finally:
         await rig.close()
     if result.problems:
@@ -76,10 +79,10 @@ class _Run:
         self.failed: list[str] = []
         self.leaked: list[str] = []
 
-    async def go(self) -> Result:
+    async def go(self, events: Sequence[Event] | None) -> Result:
         spec = self.spec
         possible = self.rig.faults | ({"links"} if self.is_linked else frozenset())
-        plan = draw_plan(spec.plan, spec.seed, spec.duration_s, possible)
+        plan = draw_plan(spec.plan, spec.seed, spec.duration_s, possible) if events is None else events
         async with self.fleet:
             members = await self._start()
             await asyncio.sleep(1.0)
@@ -101,7 +104,8 @@ class _Run:
                     self.leaked += leaks_of(member, idle[member.name])
                 elif member.is_spared:
                     self.failed.append(f"{member.name} ended by itself")
-            await self._end()
+            if not (self.ledger.lost or self.ledger.wrong or self.leaked):
+                await self._end()
         adversary = self.adversary
         return Result(
             spec=spec, server=self.rig.version, load_s=load_s, requests=self.ledger.to_json(), faults=adversary.done,

@@ -191,3 +191,25 @@ async def test_request_that_would_expire_in_the_queue_is_refused_at_once(redis_s
         with pytest.raises(DeadlineUnreachable, match=r"would wait \d+ s, which is more than its 1 s"):
             await frontend.submit(request(1000, 1))
         await frontend.submit(request(1001, 900))
+
+
+async def test_memory_of_who_was_served_goes_when_nobody_waits_any_more(redis_server, topic):
+    async with service_on(redis_server, topic) as service:
+        store = service.store
+        memories = [store.keys.prefix + name for name in ("virtual-time", "served:classes", "served:class:default")]
+
+        async def times_to_live_ms() -> set[int]:
+            return {await store.call("PTTL", name) for name in memories}
+
+        requests = [await service.submit(tenant=f"tenant{i % 3}") for i in range(SHORT_QUEUE + 10)]
+        await service.serve(7)
+        # Tenants that have left the room, and some that are in it still.
+        assert await store.call("PTTL", memories[0]) == -1
+        await service.serve(3)
+        assert min(await times_to_live_ms()) > 0
+        # Somebody waits again: what is remembered holds for as long as that takes.
+        requests += [await service.submit() for _ in range(20)]
+        assert await times_to_live_ms() == {-1}
+        for request_id in requests:
+            await store.cancel(request_id, "enough", 1000)
+        assert min(await times_to_live_ms()) > 0
