@@ -3,6 +3,10 @@
 #   make demo    serve real prompts, disaggregated, and compare every token (DEMO_ARGS="--transport tcp ...")
 #   make test    all tests (PYTEST_ARGS="-k name -x ...")
 #   make check   lint, types, layers and tests
+#   make chaos   real processes and faults drawn from a seed: SEED=1 DURATION=60 PLAN=mixed
+#                SERVER=redis|redis6|valkey|sentinel|cluster (CHAOS_ARGS="--json FILE --verbose")
+#   make soak    the same for an hour
+#   make chaos-bugs   the chaos harness against planted bugs
 #   make bench   every benchmark, in its quick form
 #   make wheel   the distributions, in dist/
 #
@@ -13,12 +17,17 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+SEED ?= 1
+DURATION ?= 60
+PLAN ?= mixed
+SERVER ?= redis
+CHAOS_ARGS ?=
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check --quiet
 benchmarks := $(filter-out common,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
-.PHONY: demo test lint check bench wheel build clean
+.PHONY: demo test lint check chaos soak chaos-bugs bench wheel build clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-installed
@@ -33,6 +42,15 @@ lint: $(VENV)/.dev-installed
 	$(bin)/mypy
 
 check: lint test
+
+chaos: $(VENV)/.dev-installed
+	$(bin)/python -m tests.chaos --seed $(SEED) --duration $(DURATION) --plan $(PLAN) --server $(SERVER) $(CHAOS_ARGS)
+
+soak: DURATION := 3600
+soak: chaos
+
+chaos-bugs: $(VENV)/.dev-installed
+	$(bin)/python -m pytest -m chaos $(PYTEST_ARGS)
 
 bench: $(VENV)/.dev-installed
 	set -e; for name in $(benchmarks); do echo "== $$name"; $(bin)/python -m benchmarks.$$name --quick; done

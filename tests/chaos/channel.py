@@ -60,6 +60,10 @@ class Hub:
         for writer in self._writers.values():
             writer.close()
 
+    def knows(self, name: str, pid: int) -> bool:
+        """Whether that process is connected; then ``on_gone`` tells of its end."""
+        return (name, pid) in self._writers
+
     def command(self, name: str, pid: int, *command: Any) -> None:
         """Nothing happens when that process is gone."""
         writer = self._writers.get((name, pid))

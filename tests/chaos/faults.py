@@ -17,6 +17,7 @@ from tests.chaos.rigs import Rig
 
 logger = logging.getLogger(__name__)
 LEAVE_TIMEOUT_S = 60.0
+REPLACED_TIMEOUT_S = 15.0
 
 
 class Adversary:
@@ -50,7 +51,7 @@ class Adversary:
 
     async def _try(self, event: Event) -> None:
         verb, _, role = event.fault.partition(" ")
-        if verb in ("kill", "stop", "leave") and role in self._lease_s:
+        if verb in ("kill", "stop", "zombie", "leave") and role in self._lease_s:
             member = self._victim(role, event.pick)
             did = member is not None and await getattr(self, f"_{verb}")(member, event.seconds)
         elif verb == "join":
@@ -87,7 +88,7 @@ class Adversary:
         return True
 
     async def _replace(self, member: Member) -> None:
-        successor = self._fleet.spawn(member.name, member.role)
+        successor = await self._fleet.spawn(member.name, member.role)
         await self._fleet.started(successor)
         if member.role == "frontend":
             self._fleet.command(successor, "rate", self._rate_each)
@@ -102,6 +103,22 @@ class Adversary:
         finally:
             if member.role == "frontend":
                 self._ledger.stopped((member.name, member.generation), seconds)
+            member.signal(signal.SIGCONT)
+            member.is_stopped = False
+        return True
+
+    async def _zombie(self, member: Member, seconds: float) -> bool:
+        """Stopped until one of its requests has run elsewhere for so long: what it sends then is stale for sure."""
+        logger.info("stop %s (%s) until it is replaced", member.name, member.instance_id)
+        member.is_stopped = True
+        member.signal(signal.SIGSTOP)
+        try:
+            held = await self._kills.held_by(member)
+            deadline = time.monotonic() + REPLACED_TIMEOUT_S
+            while not self._ledger.is_rerun(held) and time.monotonic() < deadline:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(seconds)
+        finally:
             member.signal(signal.SIGCONT)
             member.is_stopped = False
         return True
@@ -121,7 +138,7 @@ class Adversary:
 
     async def _join(self, role: str, seconds: float) -> bool:
         self._num_extra += 1
-        member = self._fleet.spawn(f"{role}-extra{self._num_extra}", role)
+        member = await self._fleet.spawn(f"{role}-extra{self._num_extra}", role)
         member.is_leaving = True
         logger.info("%s joins", member.name)
         await self._fleet.started(member)

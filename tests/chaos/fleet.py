@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import signal
 import time
@@ -13,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.channel import Hub
-from tests.chaos.children.main import begin
 from tests.chaos.spec import INSTANCE_ROLES, ChildSpec
+from tests.chaos.zygote import Zygote
 
 START_TIMEOUT_S = 60.0
 LINK = "link"
+ROOT = Path(__file__).resolve().parents[2]
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.chaos.children.main"])
 
 
 @dataclass
@@ -41,21 +38,21 @@ class Member:
 
     Attributes:
         is_spared: faults aimed at processes pass it by.
+        gone: set when it has ended, and everything that it had said was heard.
         instance_id: the last that it registered under.
-        stopped_until: monotonic time at which it is woken; 0 when it runs.
     """
 
     name: str
     role: str
     generation: int
     is_spared: bool
-    process: Any
     pid: int
     ready: asyncio.Future[None]
     gone: asyncio.Future[None]
     instance_id: str | None = None
     is_leaving: bool = False
     is_stopped: bool = False
+    status: int | None = None
     stats: tuple[int, int] = (0, 0)
     samples: list[Sample] = field(default_factory=list)
 
@@ -106,10 +103,12 @@ class Fleet:
         self._settings_of = settings_of
         self._on_event = on_event
         self._hub = Hub(str(folder / "hub"), self._hear, self._lose)
+        self._zygote = Zygote(self._ended)
         self._sampling: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Fleet:
         await self._hub.start()
+        await self._zygote.start(str(ROOT))
         self._sampling = asyncio.create_task(self._sample())
         return self
 
@@ -118,8 +117,10 @@ class Fleet:
             self._sampling.cancel()
         for member in self.members.values():
             member.signal(signal.SIGKILL)
-        for member in self.members.values():
-            await asyncio.to_thread(member.process.join, 10)
+        ended = [m.gone for m in self.members.values()]
+        if ended:
+            await asyncio.wait(ended, timeout=10)
+        await self._zygote.close()
         self._hub.close()
 
     def up(self, *roles: str) -> list[Member]:
@@ -127,8 +128,8 @@ class Fleet:
         found = [m for m in self.members.values() if m.is_up and (not roles or m.role in roles)]
         return sorted(found, key=lambda m: m.name)
 
-    def spawn(self, name: str, role: str, *, is_spared: bool = False, clock_offset_s: int = 0) -> Member:
-        """Returns at once; ``ready`` of the member tells."""
+    async def spawn(self, name: str, role: str, *, is_spared: bool = False, clock_offset_s: int = 0) -> Member:
+        """Returns when there is a process; ``ready`` of the member tells when it has started."""
         before = self.members.get(name)
         assert before is None or not before.is_up, f"{name} is still there"
         if before is not None:
@@ -138,15 +139,14 @@ class Fleet:
             name=name, role=role, generation=0 if before is None else before.generation + 1, hub=self._hub.path,
             log=str(self.folder / f"{name}.log"), settings=settings, clock_offset_s=clock_offset_s, **self._template,
         )  # fmt: skip
-        process = _context.Process(target=begin, args=(spec.to_json(),), daemon=True)
-        process.start()
-        assert process.pid is not None
         loop = asyncio.get_running_loop()
-        member = Member(
-            name, role, spec.generation, is_spared, process, process.pid, loop.create_future(), loop.create_future()
-        )
-        self.members[name] = member
-        return member
+
+        def forked(pid: int) -> Member:
+            member = Member(name, role, spec.generation, is_spared, pid, loop.create_future(), loop.create_future())
+            self.members[name] = member
+            return member
+
+        return await self._zygote.fork(spec.to_json(), forked)
 
     async def started(self, *members: Member) -> None:
         await asyncio.wait_for(asyncio.gather(*(m.ready for m in members)), START_TIMEOUT_S)
@@ -184,6 +184,13 @@ class Fleet:
                 if not member.ready.done():
                     member.ready.set_exception(RuntimeError(f"{name} ended at its start: see {self.folder}"))
                     member.ready.exception()
+
+    def _ended(self, pid: int, status: int) -> None:
+        for member in self.members.values():
+            if member.pid == pid:
+                member.status = status
+                if not self._hub.knows(member.name, pid):
+                    self._lose(member.name, pid)
 
     async def _sample(self) -> None:
         while True:

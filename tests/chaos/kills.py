@@ -36,13 +36,14 @@ class Kills:
         """Right after the kill of an instance."""
         at = time.monotonic()
         try:
-            held = await asyncio.wait_for(self._held_by(member), LOOK_TIMEOUT_S)
+            held = await asyncio.wait_for(self.held_by(member), LOOK_TIMEOUT_S)
         except (RedisError, OSError, asyncio.TimeoutError):
             self.num_unseen += 1  # Redis was away, too
             return
         self.victims += [Victim(request_id, epoch, member.role, at) for request_id, epoch in held]
 
-    async def _held_by(self, member: Member) -> list[tuple[str, int]]:
+    async def held_by(self, member: Member) -> list[tuple[str, int]]:
+        """Runs that an instance has, as (request id, epoch)."""
         instance_id = member.instance_id
         if instance_id is None:
             return []

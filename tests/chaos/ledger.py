@@ -84,6 +84,11 @@ class Ledger:
         if entry is not None:
             entry.epochs.setdefault(epoch, at)
 
+    def is_rerun(self, runs: list[tuple[str, int]]) -> bool:
+        """Whether one of these has begun again elsewhere."""
+        found = ((self.entries.get(request_id), epoch) for request_id, epoch in runs)
+        return any(entry is not None and max(entry.epochs, default=0) > epoch for entry, epoch in found)
+
     def killed(self, owner: tuple[str, int]) -> None:
         """A front end was killed: nobody waits for its requests any more."""
         orphans = self.open.pop(owner, set())

@@ -85,11 +85,11 @@ class Mutation:
 
 
 _KILL = (Event(0.8, "kill decode", 0.0, 0.1),)
-_STOP = (Event(0.8, "stop decode", 0.0, 0.8),)
+_ZOMBIE = (Event(0.8, "zombie decode", 0.0, 0.1),)
 
 MUTATIONS: dict[str, Mutation] = {
     "the front end takes outputs of any epoch": Mutation(
-        _in_class(Assembly, "raise_epoch", _any_epoch_is_good), "wrong", _STOP
+        _in_class(Assembly, "raise_epoch", _any_epoch_is_good), "wrong", _ZOMBIE
     ),
     "the front end gives repeated outputs to its user": Mutation(
         _in_class(Assembly, "feed", _repeats_go_through), "wrong"
@@ -100,14 +100,14 @@ MUTATIONS: dict[str, Mutation] = {
     "a reservation outlives its request": Mutation(
         _in_script("common", "    reserve(r.decode, -tonumber(r.kv_reserved or 0), -1)\n", ""), "leaked"
     ),
-    "an instance goes on without its lease": Mutation(_in_class(InstanceSession, "_lose", _nothing), "leaked", _STOP),
+    "an instance goes on without its lease": Mutation(_in_class(InstanceSession, "_lose", _nothing), "leaked", _ZOMBIE),
     "the front end puts nothing back": Mutation(_in_class(FrontEnd, "_recover", _nothing), "lost", _KILL),
     "nobody reaps dead instances": Mutation(_in_class(Store, "instances_without_lease", _nobody), "lost", _KILL),
     "the front end never asks Redis about its requests": Mutation(
         _in_class(FrontEnd, "_verify", _never), "lost", (Event(0.8, "flushall", 0.0, 0.0),)
     ),
     "nobody ends what is past its deadline": Mutation(
-        _in_class(Store, "expire", _no_request), "leaked", (Event(0.8, "kill frontend", 0.0, 0.1),)
+        _in_class(Store, "expire", _no_request), "leaked", (*_KILL, Event(0.9, "kill frontend", 0.0, 0.1))
     ),
 }
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 FIRST_S = 2.0
 QUIET_S = 3.0  # at the end, without a new fault
 
-# Seconds that a fault lasts; for a stopped process beyond its lease.
+# Seconds that a fault lasts: for a stopped process beyond its lease, for a zombie beyond the start of a re-run.
 DURATIONS: Mapping[str, tuple[float, float]] = {
     "kill": (0.1, 1.5),
     "stop": (0.3, 2.5),
+    "zombie": (0.0, 0.3),
     "leave": (0.1, 1.0),
     "join": (4.0, 10.0),
     "cut": (0.5, 6.0),
@@ -27,6 +28,7 @@ DURATIONS: Mapping[str, tuple[float, float]] = {
 _PROCESSES = {
     "kill prefill": 3, "kill decode": 4, "kill frontend": 1, "kill sweeper": 1,
     "stop prefill": 2, "stop decode": 3, "stop frontend": 1, "stop sweeper": 1,
+    "zombie decode": 1, "zombie prefill": 0.5,
     "leave prefill": 1, "leave decode": 1, "join prefill": 0.5, "join decode": 0.5, "join mixed": 1,
 }  # fmt: skip
 _NETWORK = {
@@ -60,9 +62,8 @@ PLANS: Mapping[str, Kind] = {
     "processes": Kind(_PROCESSES, 1.5),
     "network": Kind(_NETWORK, 2.0),
     "server": Kind(_SERVER, 5.0),
-    "stalls": Kind({"stop prefill": 1, "stop decode": 2}, 3.0),
+    "stalls": Kind({"stop prefill": 1, "stop decode": 1, "zombie decode": 1}, 3.0),
     "frontends": Kind({"kill frontend": 2, "stop frontend": 1}, 4.0),
-    "decode": Kind({"stop decode": 1}, 2.0),
     "forgetful": Kind({"flushall": 1}, 4.0),
     "none": Kind({}, 1.0),
 }

@@ -116,7 +116,7 @@ class _Run:
 
     async def _start(self) -> list[Member]:
         if self.is_linked:
-            link = self.fleet.spawn(LINK, LINK, is_spared=True)
+            link = await self.fleet.spawn(LINK, LINK, is_spared=True)
             await self.fleet.started(link)
         skewed = SKEWED if PLANS[self.spec.plan].has_skew else {}
         if skewed and faketime_library() is None:
@@ -128,7 +128,7 @@ class _Run:
         for role, count in vars(self.spec.shape).items():
             for i in range(count):
                 name = f"{role}{i}"
-                members.append(self.fleet.spawn(name, role, is_spared=i == 0, clock_offset_s=skewed.get(name, 0)))
+                members.append(await self.fleet.spawn(name, role, is_spared=i == 0, clock_offset_s=skewed.get(name, 0)))
         await self.fleet.started(*members)
         return members
 

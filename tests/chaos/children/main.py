@@ -1,4 +1,4 @@
-"""Where every process of a run begins: ``begin`` in a fork of the fork server, or ``python -m`` for its own clock."""
+"""Where every process of a run begins: ``begin`` in a fork of the zygote, or ``python -m`` for its own clock."""
 
 from __future__ import annotations
 
