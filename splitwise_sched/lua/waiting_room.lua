@@ -13,7 +13,8 @@
 --   virtual-time                HASH  by ring: "classes", "class:<class>"
 -- The last two are kept for a while when the room is empty, so that shares hold over short lulls, and then go.
 
-local SHORT_QUEUE, MEMORY_MS = 64, 600000
+local SHORT_QUEUE = 64
+local MEMORY_MS = 600000
 
 -- queue entries that no instance has claimed; XPENDING would tell it too, but goes through all consumers
 local function unclaimed(length)

@@ -3,6 +3,7 @@ the last record has expired nothing but counters."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from splitwise_sched.keys import PREFILL_GROUP, Keys
@@ -54,20 +55,28 @@ async def unsettled(client: Any, keys: Keys, fleet: Fleet) -> list[str]:
 
 async def _live_records(client: Any, keys: Keys, names: list[str]) -> list[str]:
     prefix = keys.request("")
-    records = [name for name in names if name.startswith(prefix)]
-    found = []
-    for start in range(0, len(records), 500):
-        pipe = client.pipeline(transaction=False)
-        for name in records[start : start + 500]:
-            pipe.hget(name, "state")
-        found += [
-            f"{name.removeprefix(prefix)} is {state}"
-            for name, state in zip(records[start : start + 500], await pipe.execute(), strict=True)
-            if state in LIVE
-        ]
+    found = await live_among(client, keys, [name.removeprefix(prefix) for name in names if name.startswith(prefix)])
     if not found:
         return []
     return [f"{len(found)} records are of live requests: {', '.join(found[:MAX_NAMED])}"]
+
+
+async def live_among(client: Any, keys: Keys, request_ids: Sequence[str]) -> list[str]:
+    """Those that have not ended, as far as Redis knows."""
+    found: list[str] = []
+    for start in range(0, len(request_ids), 500):
+        some = request_ids[start : start + 500]
+        pipe = client.pipeline(transaction=False)
+        for request_id in some:
+            pipe.hget(keys.request(request_id), "state")
+        found += [i for i, state in zip(some, await pipe.execute(), strict=True) if state in LIVE]
+    return found
+
+
+async def repairs(client: Any, keys: Keys) -> list[str]:
+    """Reservations that a sweeper had to put right: a script, or a loss of data, had left them wrong."""
+    count = int(await client.hget(keys.counters, "reservations_repaired") or 0)
+    return [f"reservations of nobody were put right {count} times"] if count else []
 
 
 async def leftovers(client: Any, keys: Keys) -> list[str]:

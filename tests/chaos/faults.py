@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
 
+from redis.exceptions import RedisError
+
+from splitwise_sched.keys import Keys
+from tests.chaos.checks import live_among
 from tests.chaos.fleet import LINK, Fleet, Member
 from tests.chaos.kills import Kills
 from tests.chaos.ledger import Ledger
@@ -23,14 +28,20 @@ REPLACED_TIMEOUT_S = 15.0
 class Adversary:
     """Args:
     lease_s: of instances and of front ends, by role; what is stopped, is for longer.
+    orphan_grace_s: after two leases of a killed front end, until its requests must have ended.
     """
 
     def __init__(
-        self, fleet: Fleet, rig: Rig, ledger: Ledger, kills: Kills, *, lease_s: dict[str, float], rate_each: float
-    ) -> None:
+        self, fleet: Fleet, rig: Rig, ledger: Ledger, kills: Kills, *, keys: Keys, lease_s: dict[str, float],
+        orphan_grace_s: float, rate_each: float,
+    ) -> None:  # fmt: skip
         self.done: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
         self.problems: list[str] = []
+        self.leaked: list[str] = []
+        self._watches: list[asyncio.Task[None]] = []
+        self._keys = keys
+        self._orphan_grace_s = orphan_grace_s
         self._fleet, self._rig, self._ledger, self._kills = fleet, rig, ledger, kills
         self._lease_s = lease_s
         self._rate_each = rate_each
@@ -48,6 +59,10 @@ class Adversary:
             if isinstance(outcome, BaseException):
                 self.problems.append(f"a fault could not be carried out: {outcome!r}")
                 logger.error("a fault failed", exc_info=outcome)
+
+    async def close(self) -> None:
+        """Returns when all that was to happen after faults has, or should have."""
+        await asyncio.gather(*self._watches)
 
     async def _try(self, event: Event) -> None:
         verb, _, role = event.fault.partition(" ")
@@ -82,10 +97,22 @@ class Adversary:
             await self._kills.note(member)
         await member.gone
         if member.role == "frontend":
-            self._ledger.killed((member.name, member.generation))
+            orphans = self._ledger.killed((member.name, member.generation))
+            self._watches.append(asyncio.create_task(self._see_off(member.name, orphans)))
         await asyncio.sleep(seconds)
         await self._replace(member)
         return True
+
+    async def _see_off(self, name: str, orphans: set[str]) -> None:
+        """The requests of a front end that was killed have to end soon after its lease, wherever they are."""
+        deadline = time.monotonic() + 2 * self._lease_s["frontend"] + self._orphan_grace_s
+        live = sorted(orphans)
+        while live and time.monotonic() < deadline:
+            await asyncio.sleep(0.25)
+            with contextlib.suppress(RedisError, OSError):
+                live = await live_among(self._rig.client, self._keys, live)
+        if live:
+            self.leaked.append(f"{len(live)} requests of {name} outlived it for long: {', '.join(live[:3])}")
 
     async def _replace(self, member: Member) -> None:
         successor = await self._fleet.spawn(member.name, member.role)

@@ -89,11 +89,12 @@ class Ledger:
         found = ((self.entries.get(request_id), epoch) for request_id, epoch in runs)
         return any(entry is not None and max(entry.epochs, default=0) > epoch for entry, epoch in found)
 
-    def killed(self, owner: tuple[str, int]) -> None:
-        """A front end was killed: nobody waits for its requests any more."""
+    def killed(self, owner: tuple[str, int]) -> set[str]:
+        """A front end was killed: nobody waits for its requests any more, which are returned."""
         orphans = self.open.pop(owner, set())
         self.orphans |= orphans
         self.outcomes["orphaned"] += len(orphans)
+        return orphans
 
     def stopped(self, owner: tuple[str, int], seconds: float) -> None:
         """A front end was stopped for so long; its users could hear nothing, which is no fault."""

@@ -14,7 +14,7 @@ from splitwise_sched import connection
 from splitwise_sched.assembly import Assembly
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.instance import InstanceSession
-from splitwise_sched.store import Store
+from splitwise_sched.store import Lapsed, Store
 from splitwise_sched.types import Output
 from tests.chaos.plan import Event
 
@@ -58,12 +58,12 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-async def _nobody(self: Store) -> list[str]:
-    return []
+async def _nobody(self: Store) -> Lapsed:
+    return Lapsed([], [])
 
 
-async def _no_request(self: Store, limit: int, retain_ms: int) -> int:
-    return 0
+async def _no_orphan(*args: Any) -> tuple[int, str]:
+    return 0, "0"
 
 
 async def _never(self: FrontEnd) -> None:
@@ -102,12 +102,12 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "an instance goes on without its lease": Mutation(_in_class(InstanceSession, "_lose", _nothing), "leaked", _ZOMBIE),
     "the front end puts nothing back": Mutation(_in_class(FrontEnd, "_recover", _nothing), "lost", _KILL),
-    "nobody reaps dead instances": Mutation(_in_class(Store, "instances_without_lease", _nobody), "lost", _KILL),
+    "nobody reaps dead instances": Mutation(_in_class(Store, "lapsed", _nobody), "lost", _KILL),
     "the front end never asks Redis about its requests": Mutation(
         _in_class(FrontEnd, "_verify", _never), "lost", (Event(0.8, "flushall", 0.0, 0.0),)
     ),
-    "nobody ends what is past its deadline": Mutation(
-        _in_class(Store, "expire", _no_request), "leaked", (*_KILL, Event(0.9, "kill frontend", 0.0, 0.1))
+    "nobody cancels what a dead front end wanted": Mutation(
+        _in_class(Store, "cancel_orphans", _no_orphan), "leaked", (*_KILL, Event(0.9, "kill frontend", 0.0, 0.1))
     ),
 }
 

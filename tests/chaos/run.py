@@ -13,7 +13,7 @@ from typing import Any
 
 from splitwise_sched.keys import Keys
 from splitwise_sched.settings import SchedulerSettings
-from tests.chaos.checks import leftovers, unsettled
+from tests.chaos.checks import leftovers, repairs, unsettled
 from tests.chaos.children.main import faketime_library
 from tests.chaos.faults import Adversary
 from tests.chaos.fleet import LINK, Fleet, Member
@@ -74,7 +74,16 @@ class _Run:
         lease_s = {role: self.parsed.instance_lease_s for role in ("prefill", "decode", "mixed", "sweeper")}
         lease_s["frontend"] = self.parsed.frontend_lease_s
         self.rate_each = spec.rate / spec.shape.frontend
-        self.adversary = Adversary(self.fleet, rig, self.ledger, self.kills, lease_s=lease_s, rate_each=self.rate_each)
+        self.adversary = Adversary(
+            self.fleet,
+            rig,
+            self.ledger,
+            self.kills,
+            keys=self.keys,
+            lease_s=lease_s,
+            orphan_grace_s=spec.grace_s / 2,
+            rate_each=self.rate_each,
+        )
         self.notes: list[str] = []
         self.failed: list[str] = []
         self.leaked: list[str] = []
@@ -158,9 +167,10 @@ class _Run:
 
         await _until_none(nobody_waits, spec.timeout_s + spec.grace_s)
         self.ledger.close()
-        # Requests of killed front ends may live until their deadlines.
-        longest_s = (spec.timeout_s if self.ledger.orphans else 0.0) + spec.grace_s
-        self.leaked += await _until_none(lambda: unsettled(self.rig.client, self.keys, self.fleet), longest_s)
+        await self.adversary.close()
+        self.leaked += self.adversary.leaked
+        self.leaked += await _until_none(lambda: unsettled(self.rig.client, self.keys, self.fleet), spec.grace_s)
+        self.leaked += await repairs(self.rig.client, self.keys)
 
     async def _end(self) -> None:
         """Everybody but sweepers closes; what is left in Redis has to go by itself."""

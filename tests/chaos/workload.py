@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from splitwise_sched.types import Request, SamplingParams
 
 MODEL = "none"
-NUM_EPOCHS = 256  # told apart in a token
-NUM_VALUES = 1 << 20
+NUM_EPOCHS = 1 << 12  # told apart in a token; each loss of a record costs a hundred
+NUM_VALUES = 1 << 19
 LONG_PART = 0.12
 CANCELLED_PART = 0.02
 CLASSES = ("interactive", "default", "batch")

@@ -14,7 +14,7 @@ from tests.chaos.spec import RunSpec, Shape
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 AT_A_TIME = 3
 SHORT = RunSpec(
-    duration_s=4.0, plan="none", rate=40.0, timeout_s=6.0, grace_s=5.0, ttl_s=1.0, step_s=0.02, shape=Shape(2, 2, 2, 1),
+    duration_s=4.0, plan="none", rate=40.0, timeout_s=8.0, grace_s=4.0, ttl_s=1.0, step_s=0.02, shape=Shape(2, 2, 2, 1),
     settings={"instance_lease_s": 1.0, "frontend_lease_s": 1.5},
 )  # fmt: skip
 
