@@ -20,6 +20,7 @@ from splitwise_sched.errors import Fenced, StoreUnavailable, StoreUnsuitable
 from splitwise_sched.keys import PREFILL_GROUP, Keys
 from splitwise_sched.lane import ASKING, RETRY_FIRST_S, RETRY_MAX_S, Lane
 from splitwise_sched.link import Link
+from splitwise_sched.outage import Outage
 from splitwise_sched.records import Claim
 from splitwise_sched.resp import ReplyError, pack
 from splitwise_sched.settings import SchedulerSettings
@@ -84,22 +85,30 @@ class Connection:
             ConfigError: TLS does not come about.
         """
         await self._reach()
-        commands: list[tuple[str, ...]] = [("INFO", section) for section in SECTIONS]
-        commands += [("SCRIPT", "LOAD", text) for text in self._texts.values()]
-        commands += [("HGETALL", self.keys.counters)]
-        if self.waits_for_replicas:
-            commands += [("WAIT", "0", "1")]
+        # First what INFO says: a server of another kind refuses most of the rest, and for reasons that mislead.
+        texts = await self._granted([("INFO", section) for section in SECTIONS])
+        info = {name: value for text in texts for name, value in info_fields(text).items()}
+        self.server = check_server(info, self.address, self._settings)
+        await self._granted(
+            [
+                *(("SCRIPT", "LOAD", text) for text in self._texts.values()),
+                ("HGETALL", self.keys.counters),
+                *([("WAIT", "0", "1")] if self.waits_for_replicas else []),
+            ]
+        )
+        self.advice = advice(info, self.address, self._settings)
+        for sentence in self.advice:
+            logger.warning("%s", sentence)
+
+    async def _granted(self, commands: Sequence[tuple[str, ...]]) -> list[Any]:
+        """Replies to commands, none of which may be refused."""
         replies = await self._lane.send([Command(pack(command)) for command in commands])
         for reply in replies:
             if isinstance(cause := getattr(reply, "__cause__", None), ReplyError):
                 if cause.code in _DENIED:
                     raise access_denied(self.address, cause) from cause
                 raise StoreUnsuitable(f"the server at {self.address} cannot be used: {cause}") from cause
-        info = {name: value for text in replies[: len(SECTIONS)] for name, value in info_fields(text).items()}
-        self.server = check_server(info, self.address, self._settings)
-        self.advice = advice(info, self.address, self._settings)
-        for sentence in self.advice:
-            logger.warning("%s", sentence)
+        return replies
 
     async def _reach(self) -> None:
         """Have a connection; only where another server may be about to take over, it is worth while to wait for it."""
@@ -172,9 +181,14 @@ class Connection:
 
 
 class BlockingReader:
-    """Blocking stream reads on a connection of their own; one read at a time."""
+    """Blocking stream reads on a connection of their own; one read at a time.
+
+    Attributes:
+        outage: for whoever reads on in spite of failures.
+    """
 
     def __init__(self, keys: Keys, link: Link) -> None:
+        self.outage = Outage()
         self._keys = keys
         self._link = link
 
@@ -233,6 +247,7 @@ class BlockingReader:
                 # Perhaps it is the master no longer: whoever is, is asked for.
                 self._link.broke()
             raise StoreUnavailable(f"Redis does not let this be read: {reply}") from reply
+        self.outage.over()
         return reply
 
     async def __aenter__(self) -> BlockingReader:

@@ -245,7 +245,7 @@ class FrontEnd:
                 try:
                     entries = await reader.read({out: self._read_up_to}, BLOCK_MS, READ_COUNT)
                 except StoreUnavailable as exc:
-                    logger.warning("%s", exc)
+                    reader.outage.failed(exc)
                     self._verify_now.set()
                     await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
                     continue

@@ -384,7 +384,7 @@ class InstanceSession:
                 self._lose(str(exc))
                 return
             except StoreUnavailable as exc:
-                logger.warning("%s", exc)
+                reader.outage.failed(exc)
                 again = not claims
                 await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
 
@@ -428,7 +428,7 @@ class InstanceSession:
                         self._drop(fields["drop"], int(fields["epoch"]), fields.get("why", ""))
                     positions[key] = entry_id
             except StoreUnavailable as exc:
-                logger.warning("%s", exc)
+                reader.outage.failed(exc)
                 await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
 
     async def _take_in(self, entries: list[dict[str, str]]) -> None:

@@ -93,12 +93,19 @@ class RedisServer:
 
     Args:
         options: further lines of its configuration, over those that every server here has.
+        tls: lines on certificates; the server then speaks TLS on its port, and nothing else.
         client_options: what a client needs to reach it (TLS, password).
         mode: "--sentinel" for a Sentinel, whose ``options`` are then its whole configuration.
     """
 
     def __init__(
-        self, program: str, options: Options | None = None, *, client_options: Options | None = None, mode: str = ""
+        self,
+        program: str,
+        options: Options | None = None,
+        *,
+        tls: Options | None = None,
+        client_options: Options | None = None,
+        mode: str = "",
     ) -> None:
         self.host = HOST
         self.port = free_port()
@@ -114,6 +121,7 @@ class RedisServer:
         self._options = {
             "bind": self.host, "port": self.port, "dir": self.directory, "logfile": self.directory / "log",
             **({} if mode else common), **(options or {}),
+            **({"port": 0, "tls-port": self.port, **tls} if tls else {}),
         }  # fmt: skip
         self.process = self._spawn()
         try:
@@ -249,17 +257,26 @@ class SentinelTrio(_Rig):
         down_after_ms: int = 1000,
         options: Options | None = None,
         sentinel_options: Options | None = None,
+        sentinel_client_options: Options | None = None,
+        tls: Options | None = None,
         client_options: Options | None = None,
     ) -> None:
         super().__init__()
         program = program or any_program()
+        if tls:
+            tls = {"tls-replication": "yes", **tls}
+        common: dict[str, Any] = {"tls": tls, "client_options": client_options}
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
-            first = self._serve(RedisServer(program, options, client_options=client_options))
+            first = self._serve(RedisServer(program, options, **common))
             second_options = {**(options or {}), "replicaof": f"{HOST} {first.port}"}
-            second = self._serve(RedisServer(program, second_options, client_options=client_options))
+            second = self._serve(RedisServer(program, second_options, **common))
             self.servers = (first, second)
             _wait_in_sync(second)
+            sentinel_common = {
+                **common,
+                "client_options": {**(client_options or {}), **(sentinel_client_options or {})},
+            }
             sentinel_lines = {
                 "sentinel monitor": f"{self.service} {HOST} {first.port} 2",
                 f"sentinel down-after-milliseconds {self.service}": down_after_ms,
@@ -267,7 +284,7 @@ class SentinelTrio(_Rig):
                 **(sentinel_options or {}),
             }
             self.sentinels = tuple(
-                self._serve(RedisServer(program, sentinel_lines, client_options=client_options, mode="--sentinel"))
+                self._serve(RedisServer(program, sentinel_lines, **sentinel_common, mode="--sentinel"))
                 for _ in range(3)
             )
             wait_until(self._is_complete, "the Sentinels know the replica and each other")
@@ -355,17 +372,19 @@ class Cluster(_Rig):
         topic: str = "default",
         node_timeout_ms: int = 1500,
         options: Options | None = None,
+        tls: Options | None = None,
         client_options: Options | None = None,
     ) -> None:
         super().__init__()
         program = program or any_program()
+        if tls:
+            tls = {"tls-cluster": "yes", "tls-replication": "yes", **tls}
+        common: dict[str, Any] = {"tls": tls, "client_options": client_options}
         lines = {"cluster-enabled": "yes", "cluster-config-file": "nodes.conf",
                  "cluster-node-timeout": node_timeout_ms, **(options or {})}  # fmt: skip
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
-            self.nodes = tuple(
-                self._serve(RedisServer(program, lines, client_options=client_options)) for _ in range(4)
-            )
+            self.nodes = tuple(self._serve(RedisServer(program, lines, **common)) for _ in range(4))
             self._ids = {self._id_of(node): node for node in self.nodes}
             self._join(slot_of(topic))
             undo.pop_all()
