@@ -39,6 +39,16 @@ async def why_unreachable(failure: OSError, description: str, settings: ServerSe
             return ConfigError(problem)
     elif address is not None and await _speaks_tls(address):
         return ConfigError(f"the server at {_shown(address)} speaks TLS: add --scheduler-tls and --scheduler-tls-ca")
+    if settings.scheduler_cluster_nodes and "cluster support disabled" in str(failure):
+        return StoreUnsuitable(
+            f"the server at {', '.join(settings.scheduler_cluster_nodes)} is no node of a Cluster: give it with "
+            "--scheduler-host and --scheduler-port"
+        )
+    if settings.scheduler_sentinels and "unknown command" in str(failure).lower():
+        return StoreUnsuitable(
+            f"the server at {', '.join(settings.scheduler_sentinels)} is no Sentinel: give it with --scheduler-host "
+            "and --scheduler-port, or the Sentinels' own ports"
+        )
     remedy = "start one with `splitwise-sched redis`, or correct --scheduler-host and --scheduler-port"
     if settings.scheduler_sentinels:
         remedy = "see whether they run, and correct --scheduler-sentinels"

@@ -53,10 +53,6 @@ def _check_kind(kind: str, address: str, settings: ServerSettings) -> None:
         raise StoreUnsuitable(
             f"the server at {address} is a node of a Cluster: give it with --scheduler-cluster-nodes {address}"
         )
-    if kind != "cluster" and settings.scheduler_cluster_nodes:
-        raise StoreUnsuitable(
-            f"the server at {address} is no node of a Cluster: give it with --scheduler-host and --scheduler-port"
-        )
 
 
 def _is_for_trying(info: Mapping[str, str], address: str) -> bool:
