@@ -88,6 +88,11 @@ class TransferSettings(ExplicitSettings):
     kv_secret: SecretStr | None = Field(
         None, description="Shared by all instances of a topic: who does not know it gets no KV and gives none."
     )
+    kv_checksum: Literal["none", "crc32", "xxh3"] = Field(
+        "none",
+        description="Check KV that arrives here by layer and block; a mismatch fails the transfer, and the request is "
+        "run again. xxh3 is the fast one, from the extra 'checksum'.",
+    )
     kv_silence_s: float = Field(3.0, ge=0.1, le=600, description="A peer that is silent for so long is gone.")
 
     def options(self) -> TransferOptions:
@@ -100,6 +105,7 @@ class TransferSettings(ExplicitSettings):
                 control_port=self.pd_comm_port,
                 secret=None if self.kv_secret is None else self.kv_secret.get_secret_value(),
                 silence_s=self.kv_silence_s,
+                checksum=self.kv_checksum,
                 heartbeat_s=min(1.0, self.kv_silence_s / 3),
             )
         except KVTransferError as exc:

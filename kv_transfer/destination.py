@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from kv_transfer.checker import Checked, Checker
+from kv_transfer.checksums import NONE, LayerSums, load_digest
 from kv_transfer.control import ControlChannel
 from kv_transfer.counters import Counters
 from kv_transfer.effects import Cancel, Effect, Fetch, PeerKey, Report, Tell, Token
@@ -16,7 +18,8 @@ from kv_transfer.events import Received, TransferEvent, TransferFailed
 from kv_transfer.options import TransferOptions
 from kv_transfer.pairing import grid_of, source_ranks
 from kv_transfer.peer import Peer, PeerState
-from kv_transfer.plan import IntArray, plan_pair
+from kv_transfer.plan import IntArray, PairPlan, plan_pair
+from kv_transfer.pool import BlockPool
 from kv_transfer.protocol import (
     WIRE_VERSION,
     Abort,
@@ -47,13 +50,16 @@ class DestinationSide:
         self,
         *,
         own: RankEndpoint,
+        pool: BlockPool,
         options: TransferOptions,
         control: ControlChannel,
         transports: Sequence[Transport],
+        checker: Checker,
         counters: Counters,
         report: Callable[[TransferEvent], None],
     ) -> None:
-        self._own, self._options, self._control = own, options, control
+        self._own, self._pool, self._options, self._control = own, pool, options, control
+        self._checker = checker
         self._transports, self._counters, self._report = tuple(transports), counters, report
         self._receives: dict[str, ReceiveTransfer] = {}
         self._by_token: dict[Token, str] = {}
@@ -81,7 +87,13 @@ class DestinationSide:
             self._report(TransferFailed(transfer_id, str(exc), ", ".join(e.describe() for e in source[:4])))
             return
         transfer = ReceiveTransfer(
-            transfer_id, block_ids, legs, block_size=self._own.layout.block_size, now=now, deadline_s=deadline_s
+            transfer_id,
+            block_ids,
+            legs,
+            block_size=self._own.layout.block_size,
+            checksum=self._options.checksum,
+            now=now,
+            deadline_s=deadline_s,
         )
         self._receives[transfer_id] = transfer
         for leg in legs:
@@ -126,14 +138,34 @@ class DestinationSide:
             self._link_down(event.link, event.reason)
         elif isinstance(event, Fetched):
             peer = self._links.get(event.link)
-            done = peer.queue.done(event.chunk_id) if peer is not None else None
-            if peer is not None and done is not None:
-                self._run_token(done[0], lambda t: t.fetched(*done))
+            chunk = peer.queue.done(event.chunk_id) if peer is not None else None
+            if peer is not None and chunk is not None:
+                if peer.sums is not None and chunk.sums is not None:
+                    self._checker.check(peer.sums, chunk, chunk.sums)
+                else:
+                    self._run_token(chunk.token, lambda t: t.fetched(chunk.token, len(chunk.dst_ids)))
                 peer.pump()
         elif isinstance(event, Refusal):
             self._refused.setdefault(event.token, (now + REFUSAL_GRACE_S, event.reason))
         elif isinstance(event, Cancelled):
             self._make_cancelled(event.token)
+
+    def checked(self, event: Checked) -> None:
+        """A chunk that was fetched is compared with what the source says of it."""
+        token, problem = event.chunk.token, event.problem
+        transfer_id = self._by_token.get(token)
+        if transfer_id is None:
+            return
+        transfer = self._receives[transfer_id]
+        if problem is None:
+            self._run(transfer_id, transfer.fetched(token, len(event.chunk.dst_ids)))
+        elif isinstance(problem, str):
+            self._run(transfer_id, transfer.abort(problem, ""))
+        elif transfer.is_open:
+            self._counters.add("checksum_mismatch_total")
+            effects = transfer.mismatched(token, problem, self._own.describe())
+            log.error("transfer %s: %s", transfer_id, transfer.failure_reason)
+            self._run(transfer_id, effects)
 
     def lose(self, key: PeerKey, reason: str) -> None:
         """A source is gone, or no good. Idempotent."""
@@ -204,6 +236,7 @@ class DestinationSide:
                     own=self._own,
                     endpoint=endpoint,
                     plan=plans[rank],
+                    sums=self._sums(plans[rank]),
                     options=self._options,
                     control=self._control,
                     transports=self._transports,
@@ -214,11 +247,18 @@ class DestinationSide:
             legs.append(Leg(peer.key, peer.name, plans[rank], endpoint.layout.num_blocks, endpoint.layout.block_size))
         return legs
 
+    def _sums(self, plan: PairPlan) -> LayerSums | None:
+        if self._options.checksum == NONE or plan.is_empty:
+            return None
+        return LayerSums(plan, self._pool, "dst", load_digest(self._options.checksum))
+
     def _handle(self, peer: Peer, message: Message, now: float) -> str | None:
         """What is wrong with the message, or None."""
         if isinstance(message, Blocks):
             ids = np.frombuffer(message.block_ids, "<u4").astype(np.int64)
-            self._run_own(peer, message.token, lambda t: t.blocks(message.token, message.first_index, ids))
+            self._run_own(
+                peer, message.token, lambda t: t.blocks(message.token, message.first_index, ids, message.sums)
+            )
             peer.pump()
         elif isinstance(message, End):
             self._run_own(peer, message.token, lambda t: t.end(message.token, message.aux))
@@ -296,7 +336,7 @@ class DestinationSide:
                     self._peers[effect.peer].tell(effect.message)
             elif isinstance(effect, Fetch):
                 peer = self._peers[effect.peer]
-                peer.queue.add(effect.token, effect.src_ids, effect.dst_ids)
+                peer.queue.add(effect.token, effect.src_ids, effect.dst_ids, effect.sums)
             elif isinstance(effect, Cancel):
                 self._cancel(effect.peer, effect.token)
             elif isinstance(effect, Report):

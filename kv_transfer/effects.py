@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kv_transfer.checksums import Sums
 from kv_transfer.events import TransferEvent
 from kv_transfer.plan import IntArray
 from kv_transfer.protocol import Message
@@ -29,6 +30,15 @@ class Allow:
 
 
 @dataclass(frozen=True, slots=True)
+class Sign:
+    """Source: hash these blocks as they are; ``signed`` is to be called with what came of it."""
+
+    token: Token
+    first_index: int
+    block_ids: IntArray
+
+
+@dataclass(frozen=True, slots=True)
 class Revoke:
     """Source: let ``token`` fetch nothing more; ``revoked`` is to be called when no transport of ours reads for it."""
 
@@ -44,12 +54,17 @@ class Forget:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Destination: copy units from a source rank; ``fetched`` is to be called as they arrive."""
+    """Destination: copy units from a source rank; ``fetched`` is to be called as they arrive, and are checked.
+
+    Attributes:
+        sums: what they must hash to, [num_units, layers of the plan]; None for anything.
+    """
 
     peer: PeerKey
     token: Token
     src_ids: IntArray
     dst_ids: IntArray
+    sums: Sums | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,4 +82,4 @@ class Report:
     event: TransferEvent
 
 
-Effect = Tell | Allow | Revoke | Forget | Fetch | Cancel | Report
+Effect = Tell | Allow | Sign | Revoke | Forget | Fetch | Cancel | Report

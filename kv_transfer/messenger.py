@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 
+from kv_transfer.checker import Checked, Checker, CheckEvent, Signed
 from kv_transfer.control import ControlChannel, Incoming, Source
 from kv_transfer.counters import Counters
 from kv_transfer.destination import DestinationSide
@@ -76,7 +77,8 @@ class Messenger:
         self._tickets = TicketBook(options.max_inflight)
         self._events: deque[TransferEvent] = deque()
         self._commands: deque[Command] = deque()
-        self._lane_events: deque[LaneEvent] = deque()
+        self._lane_events: deque[LaneEvent | CheckEvent] = deque()
+        self._checker = Checker(self._post)
         self._lock = threading.Lock()
         # Whoever holds it does the messenger's work; nobody waits for it but the messenger's own thread.
         self._turn_lock = threading.Lock()
@@ -137,14 +139,17 @@ class Messenger:
             control=control,
             leases=self._leases,
             transports=self._transports,
+            checker=self._checker,
             counters=self._counters,
             report=self._report,
         )
         self._destination = DestinationSide(
             own=own,
+            pool=self._pool,
             options=options,
             control=control,
             transports=self._transports,
+            checker=self._checker,
             counters=self._counters,
             report=self._report,
         )
@@ -274,8 +279,8 @@ class Messenger:
             self._tickets.close(transfer_id)
             raise
 
-    def _post(self, event: LaneEvent) -> None:
-        """Take an event of a transport, in whichever thread."""
+    def _post(self, event: LaneEvent | CheckEvent) -> None:
+        """Take an event of a transport or the checker, in whichever thread."""
         self._lane_events.append(event)
         self._work_or_wake()
 
@@ -373,6 +378,10 @@ class Messenger:
                 event = self._lane_events.popleft()
                 if isinstance(event, Revoked):
                     self._source.revoked(event.transport, event.token, time.monotonic())
+                elif isinstance(event, Signed):
+                    self._source.signed(event, time.monotonic())
+                elif isinstance(event, Checked):
+                    self._destination.checked(event)
                 else:
                     self._destination.take(event, time.monotonic())
             reactor.flush()
@@ -404,3 +413,4 @@ class Messenger:
     def _close_transports(self) -> None:
         for transport in self._transports:
             transport.close()
+        self._checker.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from kv_transfer.checksums import NONE, load_digest
 from kv_transfer.errors import InvalidOptions
 
 HOST_PATTERN = re.compile(r"[A-Za-z0-9._:%-]{1,253}")
@@ -30,6 +31,8 @@ class TransferOptions:
         chunk_bytes: moved at a time, so that transfers take turns and an abort takes effect soon.
         window_chunks: chunks under way at a time from one peer.
         tcp_streams: data connections to one peer.
+        checksum: what a destination has every block checked by, layer by layer: ``none``, ``crc32``, or ``xxh3``,
+            which needs the extra ``checksum``. Sources hash what a destination asks for.
     """
 
     protocols: tuple[str, ...] = ("ipc", "tcp")
@@ -45,6 +48,7 @@ class TransferOptions:
     chunk_bytes: int = 8 << 20
     window_chunks: int = 4
     tcp_streams: int = 1
+    checksum: str = NONE
 
     def __post_init__(self) -> None:
         if not self.protocols:
@@ -77,6 +81,8 @@ class TransferOptions:
             value = getattr(self, option)
             if not low <= value <= high:
                 raise InvalidOptions(option, f"is {value!r}: it must be from {low:g} to {high:g}")
+        if self.checksum != NONE:
+            load_digest(self.checksum)
         if self.silence_s < 2 * self.heartbeat_s:
             raise InvalidOptions(
                 "silence_s", f"is {self.silence_s:g}: give at least twice heartbeat_s ({self.heartbeat_s:g})"

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from enum import Enum
 
+from kv_transfer.checksums import LayerSums
 from kv_transfer.control import ControlChannel
 from kv_transfer.counters import Counters
 from kv_transfer.effects import Token
@@ -46,6 +47,7 @@ class Peer:
         own: RankEndpoint,
         endpoint: RankEndpoint,
         plan: PairPlan,
+        sums: LayerSums | None,
         options: TransferOptions,
         control: ControlChannel,
         transports: Sequence[Transport],
@@ -55,11 +57,12 @@ class Peer:
         """Begin to reach the source.
 
         Args:
+            sums: hashes what is fetched; None where nothing is to be checked.
             transports: in order of preference.
         Raises:
             TransportFailed: no transport can reach it; says why for each.
         """
-        self.endpoint, self.plan = endpoint, plan
+        self.endpoint, self.plan, self.sums = endpoint, plan, sums
         self.state = PeerState.GREETING
         self.tokens: set[Token] = set()
         self.link: Link | None = None

@@ -21,7 +21,8 @@ tell each other what is wrong.
 
 History of WIRE_VERSION:
     1  the first one, over zmq
-    2  over plain TCP; layouts with strides, stages and unequal block sizes; Applied says how many bytes
+    2  over plain TCP; layouts with strides, stages and unequal block sizes; Applied says how many bytes;
+       checksums
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ DIGEST_BYTES = 32
 MAX_TRANSFER_ID_CHARS = 200
 MAX_AUX_BYTES = 1 << 20
 MAX_IDS_PER_MESSAGE = 16384
+MAX_SUMS_BYTES = 1 << 19
 MAX_BLOCKS_PER_TRANSFER = 1 << 24
 MAX_REASON_CHARS = 2000
 MAX_DEADLINE_MS = 24 * 3600 * 1000
@@ -131,6 +133,7 @@ class Reserve:
         token: names this rank's part of the transfer in every later message; random, never used twice.
         num_blocks: of the destination, those that it does not want included.
         lane: the transport that the destination fetches with; for the source's statistics.
+        checksum: hash that each ``Blocks`` is to bring, see ``kv_transfer.checksums``; "none" for none.
     """
 
     token: bytes = _token()
@@ -138,6 +141,7 @@ class Reserve:
     num_blocks: int = _number(1, MAX_BLOCKS_PER_TRANSFER)
     lane: str = _text(32)
     deadline_ms: int = _number(0, MAX_DEADLINE_MS)
+    checksum: str = _text(32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +150,13 @@ class Blocks:
 
     Attributes:
         block_ids: unsigned 32-bit little-endian, packed.
+        sums: unsigned 64-bit little-endian, packed: of each unit, of each layer; empty without checksums.
     """
 
     token: bytes = _token()
     first_index: int = _number(0, MAX_BLOCKS_PER_TRANSFER)
     block_ids: bytes = _blob(4 * MAX_IDS_PER_MESSAGE, least=4, multiple=4)
+    sums: bytes = _blob(MAX_SUMS_BYTES, multiple=8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kv_transfer.checksums import NONE, SUM_BYTES, Mismatch, Sums
 from kv_transfer.effects import Cancel, Effect, Fetch, PeerKey, Report, Tell, Token
 from kv_transfer.events import Received, TransferFailed, TransferStats
 from kv_transfer.plan import IntArray, PairPlan, hold_the_same, units_of
@@ -65,6 +66,7 @@ class ReceiveTransfer:
         legs: Sequence[Leg],
         *,
         block_size: int,
+        checksum: str = NONE,
         now: float,
         deadline_s: float,
     ) -> None:
@@ -73,10 +75,11 @@ class ReceiveTransfer:
         Args:
             block_ids: of the destination's pool, [num_blocks]; negative ones are left out.
             block_size: of the destination's pool.
+            checksum: that all bytes are to be checked by.
         """
         self.transfer_id = transfer_id
         self.legs = {leg.token: leg for leg in legs}
-        self._block_ids, self._block_size = block_ids, block_size
+        self._block_ids, self._block_size, self._checksum = block_ids, block_size, checksum
         self._units = {leg.token: units_of(block_ids, leg.plan.dst_units) for leg in legs}
         self._has_gaps = bool((block_ids < 0).any())
         self._seen = {leg.token: np.zeros(self._most_blocks(leg), dtype=np.bool_) for leg in legs}
@@ -89,6 +92,11 @@ class ReceiveTransfer:
     def is_open(self) -> bool:
         return self._failure is None
 
+    @property
+    def failure_reason(self) -> str:
+        """Empty while it is open."""
+        return "" if self._failure is None else self._failure.reason
+
     def ready(self, token: Token, lane: str, now: float) -> list[Effect]:
         """A source rank can be talked to, and reached by ``lane``."""
         leg = self.legs[token]
@@ -98,8 +106,8 @@ class ReceiveTransfer:
         left_ms = max(0, int((self._deadline - now) * 1000))
         return [Tell(leg.peer, self._reservation(leg, left_ms))]
 
-    def blocks(self, token: Token, first_index: int, src_ids: IntArray) -> list[Effect]:
-        """A source rank has completed blocks."""
+    def blocks(self, token: Token, first_index: int, src_ids: IntArray, sums: bytes = b"") -> list[Effect]:
+        """A source rank has completed blocks; ``sums`` as in ``Blocks``."""
         leg, seen = self.legs[token], self._seen[token]
         if not self.is_open:
             return []
@@ -108,6 +116,9 @@ class ReceiveTransfer:
             return self.abort(f"the peer announced blocks {first_index} to {last} out of turn", leg.name)
         if src_ids.size and int(src_ids.max()) >= leg.src_num_blocks:
             return self.abort(f"the peer announced block {int(src_ids.max())}, outside its pool", leg.name)
+        wanted_sums = self._read_sums(leg, len(src_ids), sums)
+        if isinstance(wanted_sums, str):
+            return self.abort(wanted_sums, leg.name)
         seen[first_index:last] = True
         leg.num_announced += len(src_ids)
         if leg.plan.is_empty:
@@ -120,8 +131,13 @@ class ReceiveTransfer:
         if self._has_gaps:
             wanted = dst_units >= 0
             src_units, dst_units = src_units[wanted], dst_units[wanted]
+            wanted_sums = None if wanted_sums is None else wanted_sums[: len(wanted)][wanted]
         leg.num_wanted += len(dst_units)
-        return [Fetch(leg.peer, token, src_units, dst_units)] if len(dst_units) else []
+        if not len(dst_units):
+            return []
+        if wanted_sums is not None:
+            wanted_sums = wanted_sums[: len(dst_units)]
+        return [Fetch(leg.peer, token, src_units, dst_units, wanted_sums)]
 
     def end(self, token: Token, aux: bytes) -> list[Effect]:
         """A source rank has announced all it will."""
@@ -198,8 +214,25 @@ class ReceiveTransfer:
         waiting = sorted(leg.name for leg in self.legs.values() if not leg.confirmed)
         return self.abort(f"the deadline of {self._deadline_s:g} s has passed", ", ".join(waiting))
 
+    def mismatched(self, token: Token, mismatch: Mismatch, own_name: str) -> list[Effect]:
+        """Bytes of a leg are in the pool, and are not those that the source has hashed."""
+        leg = self.legs[token]
+        return self.abort(
+            f"checksum mismatch in layer {mismatch.layer}: block {mismatch.src_block} of {leg.name} did not arrive "
+            f"as it was in block {mismatch.dst_block} of {own_name}",
+            leg.name,
+        )
+
+    def _read_sums(self, leg: Leg, num_blocks: int, sums: bytes) -> Sums | str | None:
+        """By unit and layer, or what is wrong with them."""
+        num_layers = len(leg.plan.layers)
+        num_units = num_blocks * leg.plan.src_units if self._checksum != NONE else 0
+        if len(sums) != num_units * num_layers * SUM_BYTES:
+            return f"the peer sent {len(sums)} bytes of checksums for {num_blocks} blocks"
+        return np.frombuffer(sums, "<u8").reshape(num_units, num_layers) if sums else None
+
     def _reservation(self, leg: Leg, left_ms: int) -> Reserve:
-        return Reserve(leg.token, self.transfer_id, len(self._block_ids), leg.lane, left_ms)
+        return Reserve(leg.token, self.transfer_id, len(self._block_ids), leg.lane, left_ms, self._checksum)
 
     def _check_applied(self, leg: Leg) -> list[Effect]:
         if leg.aux is None or leg.applied or leg.num_fetched != leg.num_wanted:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kv_transfer.effects import Allow, Effect, Forget, PeerKey, Report, Revoke, Tell, Token
+from kv_transfer.effects import Allow, Effect, Forget, PeerKey, Report, Revoke, Sign, Tell, Token
 from kv_transfer.events import Sent, TransferFailed, TransferStats
 from kv_transfer.plan import IntArray, hold_the_same
 from kv_transfer.protocol import MAX_IDS_PER_MESSAGE, Abort, Blocks, Confirmed, Drained, End, printable
@@ -31,6 +31,9 @@ class Receiver:
         lane: the transport that it fetches with.
         block_size: of its pool.
         num_bytes: that it has fetched, once applied.
+        blocks_per_message: at most.
+        is_signed: it gets checksums with its blocks.
+        num_unsigned: blocks that are being hashed for it.
     """
 
     peer: PeerKey
@@ -40,6 +43,9 @@ class Receiver:
     lane: str
     block_size: int
     num_bytes: int = 0
+    blocks_per_message: int = MAX_IDS_PER_MESSAGE
+    is_signed: bool = False
+    num_unsigned: int = 0
     applied: bool = False
     peer_drained: bool = False
     revoked: bool = False
@@ -82,7 +88,21 @@ class SendTransfer:
         if not self.is_open:
             return []
         self._aux = aux
-        return [Tell(r.peer, End(r.token, aux)) for r in self.receivers.values()]
+        return [e for r in self.receivers.values() for e in self._end(r)]
+
+    def signed(
+        self, token: Token, first_index: int, block_ids: IntArray, sums: bytes | None, now: float
+    ) -> list[Effect]:
+        """Blocks that a Sign named are hashed; ``sums`` is None when they could not be."""
+        receiver = self.receivers[token]
+        receiver.num_unsigned -= len(block_ids)
+        if not self.is_open:
+            return []
+        if sums is None:
+            return self.abort("there was no memory to hash the blocks", "", now)
+        packed = block_ids.astype(np.dtype("<u4")).tobytes()
+        tell = Tell(receiver.peer, Blocks(token, first_index, packed, sums))
+        return [Allow(token, block_ids), tell, *self._end(receiver)]
 
     def reserve(self, receiver: Receiver, expected: frozenset[int], num_blocks: int, now: float) -> list[Effect]:
         """A destination rank has room.
@@ -110,16 +130,14 @@ class SendTransfer:
                 now,
             )
         effects = [e for first, ids in self._announced for e in _announce(receiver, first, ids)]
-        if self._aux is not None:
-            effects.append(Tell(receiver.peer, End(receiver.token, self._aux)))
-        return effects
+        return effects + self._end(receiver)
 
     def applied(self, token: Token, num_bytes: int, now: float) -> list[Effect]:
         """A receiver holds every byte, of which ``num_bytes`` came from here."""
         receiver = self.receivers[token]
         if not self.is_open:
             return []
-        if self._aux is None:
+        if self._aux is None or receiver.num_unsigned:
             return self.abort("the peer claims to have everything before everything was sent", receiver.name, now)
         receiver.applied, receiver.num_bytes = True, num_bytes
         effects: list[Effect] = [Forget(token), Tell(receiver.peer, Confirmed(token))]
@@ -175,6 +193,12 @@ class SendTransfer:
             return self.abort(reason, ", ".join(waiting), now)
         return self._check_drained(now)
 
+    def _end(self, receiver: Receiver) -> list[Effect]:
+        """Say that it has all, if it has."""
+        if self._aux is None or receiver.num_unsigned:
+            return []
+        return [Tell(receiver.peer, End(receiver.token, self._aux))]
+
     def _check_drained(self, now: float) -> list[Effect]:
         if self._failure is None:
             return []
@@ -187,8 +211,12 @@ class SendTransfer:
 
 
 def _announce(receiver: Receiver, first_index: int, block_ids: IntArray) -> list[Effect]:
+    most = receiver.blocks_per_message
+    pieces = [(first_index + start, block_ids[start : start + most]) for start in range(0, len(block_ids), most)]
+    if receiver.is_signed:
+        receiver.num_unsigned += len(block_ids)
+        return [Sign(receiver.token, first, ids) for first, ids in pieces]
     effects: list[Effect] = [Allow(receiver.token, block_ids)]
-    for start in range(0, len(block_ids), MAX_IDS_PER_MESSAGE):
-        packed = block_ids[start : start + MAX_IDS_PER_MESSAGE].astype(np.dtype("<u4")).tobytes()
-        effects.append(Tell(receiver.peer, Blocks(receiver.token, first_index + start, packed)))
+    for first, ids in pieces:
+        effects.append(Tell(receiver.peer, Blocks(receiver.token, first, ids.astype(np.dtype("<u4")).tobytes(), b"")))
     return effects

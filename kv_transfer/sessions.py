@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from kv_transfer.checksums import LayerSums, load_digest
 from kv_transfer.control import ControlChannel
 from kv_transfer.counters import Counters
 from kv_transfer.effects import PeerKey, Token
@@ -54,6 +55,7 @@ class Session:
         expected: all the ranks of its instance that have to do with this one.
         data_token: None until it has proved itself.
         tokens: of its transfers, the ones that wait for ``open_send`` included.
+        sums: hashes what it takes, once it has asked for that.
     """
 
     key: PeerKey
@@ -66,6 +68,14 @@ class Session:
     last_heard: float
     data_token: bytes | None = None
     tokens: set[Token] = field(default_factory=set)
+    sums: LayerSums | None = None
+    _checksum: str = ""
+
+    def prepare_sums(self, pool: BlockPool, checksum: str) -> None:
+        """Have ``sums`` hash by this name. Raises InvalidOptions when it cannot be had here."""
+        if checksum != self._checksum:
+            self.sums = LayerSums(self.plan, pool, "src", load_digest(checksum))
+            self._checksum = checksum
 
     @property
     def name(self) -> str:
@@ -100,6 +110,9 @@ class Sessions:
     @property
     def has_strangers(self) -> bool:
         return any(session.data_token is None for session in self._sessions.values())
+
+    def get(self, key: PeerKey) -> Session | None:
+        return self._sessions.get(key)
 
     def forget_token(self, token: Token) -> None:
         """A transfer has ended."""

@@ -7,22 +7,37 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from kv_transfer.checker import Checker, Signed
+from kv_transfer.checksums import NONE, SUM_BYTES
 from kv_transfer.control import ControlChannel
 from kv_transfer.counters import Counters
-from kv_transfer.effects import Allow, Effect, Forget, Report, Revoke, Tell, Token
+from kv_transfer.effects import Allow, Effect, Forget, Report, Revoke, Sign, Tell, Token
 from kv_transfer.endpoint import RankEndpoint
+from kv_transfer.errors import InvalidOptions
 from kv_transfer.events import Sent, TransferEvent, TransferFailed
 from kv_transfer.leases import LeaseTable
 from kv_transfer.options import TransferOptions
-from kv_transfer.plan import IntArray
+from kv_transfer.plan import IntArray, PairPlan
 from kv_transfer.pool import BlockPool
-from kv_transfer.protocol import Abort, Applied, Drained, Message, Reserve
+from kv_transfer.protocol import (
+    MAX_IDS_PER_MESSAGE,
+    MAX_SUMS_BYTES,
+    Abort,
+    Applied,
+    Drained,
+    Message,
+    Reserve,
+)
 from kv_transfer.sending import Receiver, SendTransfer
 from kv_transfer.sessions import Session, Sessions
 from kv_transfer.transports.base import Transport
 
 # Transfers that ended on one side before the other had come to it, remembered so that it is told so at once.
 MAX_REMEMBERED = 16384
+# Hashed at a time: a few milliseconds' work.
+SIGN_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +59,11 @@ class SourceSide:
         control: ControlChannel,
         leases: LeaseTable,
         transports: Iterable[Transport],
+        checker: Checker,
         counters: Counters,
         report: Callable[[TransferEvent], None],
     ) -> None:
-        self._own, self._options, self._leases = own, options, leases
+        self._own, self._pool, self._options, self._leases, self._checker = own, pool, options, leases, checker
         self._transports, self._counters, self._report = tuple(transports), counters, report
         self.sessions = Sessions(
             own=own,
@@ -117,6 +133,14 @@ class SourceSide:
         if not waiting and self._revoking.pop(token, None) is not None and transfer_id is not None:
             self._run(transfer_id, self._sends[transfer_id].revoked(token, now))
 
+    def signed(self, event: Signed, now: float) -> None:
+        """Blocks are hashed for a receiver."""
+        transfer_id = self._by_token.get(event.token)
+        if transfer_id is not None:
+            sums = None if event.sums is None else event.sums.astype(np.dtype("<u8")).tobytes()
+            transfer = self._sends[transfer_id]
+            self._run(transfer_id, transfer.signed(event.token, event.first_index, event.block_ids, sums, now))
+
     def tick(self, now: float) -> None:
         """Look at the clock."""
         for transfer_id, transfer in list(self._sends.items()):
@@ -159,6 +183,16 @@ class SourceSide:
 
     def _reserve(self, session: Session, reserve: Reserve, now: float) -> None:
         assert session.data_token is not None
+        if reserve.checksum != NONE:
+            try:
+                session.prepare_sums(self._pool, reserve.checksum)
+            except InvalidOptions as exc:
+                self.sessions.tell(session.key, Abort(reserve.token, f"{self._own.describe()}: {exc}"))
+                return
+            if _sum_bytes(session.plan) > MAX_SUMS_BYTES:
+                reason = "a block has too many layers and units for checksums: use equal block sizes"
+                self.sessions.tell(session.key, Abort(reserve.token, reason))
+                return
         receiver = Receiver(
             peer=session.key,
             token=reserve.token,
@@ -167,6 +201,9 @@ class SourceSide:
             lane=reserve.lane,
             block_size=session.layout.block_size,
         )
+        if reserve.checksum != NONE and not session.plan.is_empty:
+            receiver.is_signed = True
+            receiver.blocks_per_message = _signed_at_a_time(session.plan)
         transfer = self._sends[reserve.transfer_id]
         self._leases.grant(reserve.token, session.data_token, session.plan, session.view)
         self._by_token[reserve.token] = reserve.transfer_id
@@ -205,6 +242,8 @@ class SourceSide:
                 self.sessions.tell(effect.peer, effect.message)
             elif isinstance(effect, Allow):
                 self._leases.allow(effect.token, effect.block_ids)
+            elif isinstance(effect, Sign):
+                self._sign(transfer_id, effect)
             elif isinstance(effect, Forget):
                 self._leases.end(effect.token)
             elif isinstance(effect, Revoke):
@@ -214,6 +253,12 @@ class SourceSide:
                     transport.revoke(effect.token)
             elif isinstance(effect, Report):
                 self._end(transfer_id, effect.event)
+
+    def _sign(self, transfer_id: str, sign: Sign) -> None:
+        session = self.sessions.get(self._sends[transfer_id].receivers[sign.token].peer)
+        if session is not None and session.sums is not None:
+            units = session.plan.src_units
+            self._checker.sign(session.sums, units, sign.token, sign.first_index, sign.block_ids)
 
     def _end(self, transfer_id: str, event: TransferEvent) -> None:
         transfer = self._sends.pop(transfer_id)
@@ -239,6 +284,18 @@ class SourceSide:
         early = self._early.pop(token, None)
         if early is not None:
             early.session.tokens.discard(token)
+
+
+def _signed_at_a_time(plan: PairPlan) -> int:
+    """Blocks: few enough for one message, and for others to get their turn."""
+    by_message = MAX_SUMS_BYTES // _sum_bytes(plan)
+    by_size = SIGN_BYTES // (plan.unit_bytes * plan.src_units)
+    return max(1, min(MAX_IDS_PER_MESSAGE, by_message, by_size))
+
+
+def _sum_bytes(plan: PairPlan) -> int:
+    """Of one block."""
+    return SUM_BYTES * plan.src_units * len(plan.layers)
 
 
 def _forget_oldest(remembered: OrderedDict[str, Any]) -> None:

@@ -149,13 +149,8 @@ class PartView:
 
     def buffers(self, ids: IntArray) -> list[memoryview]:
         """Contiguous stretches, those that touch as one; in the order of units, then of the part's dimensions."""
-        side = self._side
-        if self.is_flat:
-            starts = side.offset + ids * self._unit_stride
-        else:
-            blocks, units = np.divmod(ids, self._units)
-            starts = side.offset + blocks * side.block_stride + units * side.unit_stride
-        for count, stride in zip(self.part.shape[:-1], side.strides, strict=True):
+        starts = self._starts(ids)
+        for count, stride in zip(self.part.shape[:-1], self._side.strides, strict=True):
             starts = np.add.outer(starts, np.arange(count, dtype=np.int64) * stride)
         starts, run, data = starts.reshape(-1), self.part.shape[-1], self._bytes
         if len(starts) < 2:
@@ -163,3 +158,17 @@ class PartView:
         firsts = np.flatnonzero(np.concatenate(([True], np.diff(starts) != run)))
         ends = starts[np.concatenate((firsts[1:], [len(starts)])) - 1] + run
         return [data[start:end] for start, end in zip(starts[firsts].tolist(), ends.tolist(), strict=True)]
+
+    def runs(self, ids: IntArray) -> list[memoryview]:
+        """One stretch a unit, of a part that is a run."""
+        run, data = self.part.num_bytes, self._bytes
+        return [data[start : start + run] for start in self._starts(ids).tolist()]
+
+    def _starts(self, ids: IntArray) -> IntArray:
+        """Where the part begins in each unit."""
+        side = self._side
+        if self.is_flat:
+            return side.offset + ids * self._unit_stride
+        blocks, units = np.divmod(ids, self._units)
+        starts: IntArray = side.offset + blocks * side.block_stride + units * side.unit_stride
+        return starts

@@ -7,6 +7,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,9 @@ from engine.port import BlocksReady, EngineDriver, EngineEvent, TokensOut
 from engine.runner import Runner, RunnerOptions
 from engine.testing import make_tiny_model
 from engine.transformers import TransformersOptions, create
+from kv_transfer.checksums import LayerSums, Sums
 from kv_transfer.options import TransferOptions
+from kv_transfer.plan import IntArray
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.types import Role
@@ -31,12 +34,10 @@ Checksums = dict[tuple[int, int], int]
 class Watched:
     """A runner whose engine's KV is looked at: when its blocks are reported, and when it goes on with what came."""
 
-    def __init__(
-        self, role: Role, path: Path, settings: SchedulerSettings, transport: str, block_size: int = 16
-    ) -> None:
+    def __init__(self, role: Role, path: Path, settings: SchedulerSettings, transport: str, **other: Any) -> None:
         options = TransformersOptions(
             model=str(path), served_model_name="tiny", role=role, num_blocks=150, max_num_batched_tokens=64,
-            num_threads=1, block_size=block_size,
+            num_threads=1, block_size=other.pop("block_size", 16),
         )  # fmt: skip
         self.engine: EngineDriver = create(options)
         self.reported: dict[str, Checksums] = {}
@@ -47,7 +48,7 @@ class Watched:
         self._step, self._commit, self._reserve = self.engine.step, self.engine.commit, self.engine.reserve
         self.engine.step, self.engine.commit = self._watched_step, self._watched_commit  # type: ignore[method-assign]
         self.engine.reserve = self._watched_reserve  # type: ignore[method-assign]
-        transfer = TransferOptions(protocols=(transport,))
+        transfer = TransferOptions(protocols=(transport,), **other)
         self.runner = Runner(self.engine, settings, transfer, RunnerOptions(name=role.value, role=role))
         self.thread = threading.Thread(target=self.runner.run)
 
@@ -151,7 +152,7 @@ async def test_instances_whose_blocks_differ_in_size_exchange_kv(model, expected
         scheduler_host=redis_server.host, scheduler_port=redis_server.port, scheduler_topic=topic
     )
     roles = zip((Role.PREFILL, Role.DECODE), sizes, strict=True)
-    both = [Watched(role, model, settings, transport, block_size) for role, block_size in roles]
+    both = [Watched(role, model, settings, transport, block_size=block_size) for role, block_size in roles]
     try:
         for one in both:
             one.start()
@@ -161,6 +162,37 @@ async def test_instances_whose_blocks_differ_in_size_exchange_kv(model, expected
             one.close()
     assert answers == expected
     assert {r["lane"] for r in records.values()} == {transport}
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+async def test_a_request_whose_kv_is_damaged_on_its_way_is_run_again(model, expected, redis_server, topic, transport):
+    settings = SchedulerSettings(
+        scheduler_host=redis_server.host, scheduler_port=redis_server.port, scheduler_topic=topic
+    )
+    both = [Watched(role, model, settings, transport, checksum="crc32") for role in (Role.PREFILL, Role.DECODE)]
+    original, damaged = LayerSums.of, []
+
+    def of(self: LayerSums, ids: IntArray) -> Sums:
+        sums = original(self, ids)
+        if not damaged and len(ids) == 4:
+            # The prefill instance hashes first; whoever reads the block after that finds another one.
+            damaged.append(int(ids[2]))
+            both[0].engine.kv_pools[0].block_view(int(ids[2]), 1)[:] = 0
+        return sums
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LayerSums, "of", of)
+            for one in both:
+                one.start()
+            answers, records = await answers_of(settings)
+    finally:
+        for one in both:
+            one.close()
+    assert answers == expected
+    assert sorted(record["epoch"] for record in records.values()) == ["1"] * (len(records) - 1) + ["2"]
+    assert both[1].runner.ranks.counters()["checksum_mismatch_total"] == 1
+    assert [one.engine.load().num_free_blocks for one in both] == [150, 150]
 
 
 async def test_one_block_zeroed_in_one_layer_on_its_way_is_seen_in_tokens_and_checksums(pair, expected):

@@ -5,10 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pytest
 
-from kv_transfer import NOT_WANTED, KVLayout, Received, Sent
+from kv_transfer import (
+    NOT_WANTED,
+    KVLayout,
+    KVPool,
+    Messenger,
+    Received,
+    Sent,
+    TransferOptions,
+    TransportFailed,
+)
 from kv_transfer.placement import packed
 from kv_transfer.plan import units_of
 from tests import kv_oracle
@@ -74,6 +85,20 @@ PAIRS: dict[str, tuple[list[KVLayout], list[KVLayout]]] = {
         instance(OPAQUE, tp=2),
     ),
 }
+
+
+def lane_options(lane: str, **other: Any) -> TransferOptions:
+    """Options with one transport only; skips what this host cannot run."""
+    options = TransferOptions(protocols=(lane,), secret="a secret", **other)
+    with KVPool.allocate(MODEL) as pool:
+        probe = Messenger(pool, options, name="probe")
+        try:
+            probe.start()
+        except TransportFailed as exc:
+            pytest.skip(f"{lane} does not run here: {exc}")
+        finally:
+            probe.close()
+    return options
 
 
 class Move:

@@ -13,17 +13,14 @@ import pytest
 from kv_transfer import (
     NOT_WANTED,
     KVLayout,
-    KVPool,
-    Messenger,
     Received,
     Sent,
     TransferFailed,
     TransferOptions,
-    TransportFailed,
 )
 from kv_transfer.protocol import MAX_AUX_BYTES
 from kv_transfer.transports.registry import installed_transports
-from tests.integration.kv_instances import PAIRS, Move
+from tests.integration.kv_instances import PAIRS, Move, lane_options
 from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, RemoteRank, differing, pattern
 
 MakeRemote = Callable[..., RemoteRank]
@@ -32,17 +29,8 @@ MakeLocal = Callable[..., LocalRank]
 
 @pytest.fixture(params=installed_transports())
 def options(request: pytest.FixtureRequest) -> TransferOptions:
-    """Options with one transport only; skips the ones that this host cannot run."""
-    chosen = TransferOptions(protocols=(request.param,), secret="a secret")
-    with KVPool.allocate(LAYOUT) as pool:
-        probe = Messenger(pool, chosen, name="probe")
-        try:
-            probe.start()
-        except TransportFailed as exc:
-            pytest.skip(f"{request.param} does not run here: {exc}")
-        finally:
-            probe.close()
-    return chosen
+    """Options with one transport only."""
+    return lane_options(request.param)
 
 
 @pytest.fixture

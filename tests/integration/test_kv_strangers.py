@@ -192,7 +192,7 @@ def test_who_does_not_know_the_secret_is_refused_on_either_side(
     assert isinstance(answer, Refused)
     assert answer.code == "secret"
     with contextlib.suppress(ConnectionError):
-        caller.tell(Reserve(bytes(16), "r@1", 40, "tcp", 1000))
+        caller.tell(Reserve(bytes(16), "r@1", 40, "tcp", 1000, "none"))
     assert caller.is_hung_up_on()
     assert_moves(source, destination, "r@1")
 
@@ -228,7 +228,7 @@ def test_a_known_peer_that_breaks_the_protocol_loses_its_session_only(
     source, destination = pair
     caller = call(ranks, source)
     assert isinstance(caller.handshake(OPTIONS.secret), Ready)
-    caller.tell(Reserve(bytes(16), "r@9", 40, "tcp", 60_000))
+    caller.tell(Reserve(bytes(16), "r@9", 40, "tcp", 60_000, "none"))
     caller.say(b"\x00nonsense")
     answer = caller.hear()
     assert isinstance(answer, Refused)

@@ -30,7 +30,7 @@ def test_only_so_many_are_under_way_and_dropped_ones_make_room() -> None:
     first, second = queue.next(), queue.next()
     assert first is not None and second is not None
     assert queue.next() is None
-    assert queue.done(first.chunk_id) == (b"a", 1)
+    assert queue.done(first.chunk_id) is first
     assert queue.done(first.chunk_id) is None
     queue.drop(b"b")
     assert queue.done(second.chunk_id) is None
@@ -51,7 +51,7 @@ def test_every_block_is_fetched_once_and_a_transfers_in_order(
     wanted: dict[bytes, list[int]] = {}
     for number, (token, count) in enumerate(pieces):
         block_ids = np.arange(count) + 100 * number
-        queue.add(token, block_ids, block_ids + 7)
+        queue.add(token, block_ids, block_ids + 7, block_ids[:, None].astype(np.uint64))
         wanted.setdefault(token, []).extend(block_ids.tolist())
     got: dict[bytes, list[int]] = {}
     while True:
@@ -64,6 +64,8 @@ def test_every_block_is_fetched_once_and_a_transfers_in_order(
         for chunk in chunks:
             assert len(chunk.src_ids) <= size
             assert (chunk.dst_ids == chunk.src_ids + 7).all()
+            assert chunk.sums is not None
+            assert (chunk.sums[:, 0] == chunk.src_ids).all()
             got.setdefault(chunk.token, []).extend(chunk.src_ids.tolist())
-            assert queue.done(chunk.chunk_id) == (chunk.token, len(chunk.src_ids))
+            assert queue.done(chunk.chunk_id) is chunk
     assert got == wanted

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_transfer.effects import Allow, Cancel, Effect, Fetch, Forget, Report, Revoke, Tell
+from kv_transfer.effects import Allow, Cancel, Effect, Fetch, Forget, Report, Revoke, Sign, Tell
 from kv_transfer.events import Received, Sent, TransferEvent, TransferFailed
 from kv_transfer.layout import KVLayout
 from kv_transfer.plan import plan_pair
@@ -31,12 +31,12 @@ TRUE, FALSE, UNWRITTEN, REUSED = "true", "false", "unwritten", "reused"
 class Destination:
     """One destination rank, its connection to the source, and its pool."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, checksum: str = "none") -> None:
         self.rank = rank
         self.peer = bytes([rank])
         self.leg = Leg(self.peer, "source", PLAN, 100, 1)
         self.machine = ReceiveTransfer(
-            "r@1", np.arange(NUM_BLOCKS), [self.leg], block_size=1, now=0.0, deadline_s=100.0
+            "r@1", np.arange(NUM_BLOCKS), [self.leg], block_size=1, checksum=checksum, now=0.0, deadline_s=100.0
         )
         self.to_source: deque[Message] = deque()
         self.from_source: deque[Message] = deque()
@@ -48,15 +48,17 @@ class Destination:
 
 
 class World:
-    def __init__(self, num_destinations: int) -> None:
+    def __init__(self, num_destinations: int, is_signed: bool = False) -> None:
         self.now = 0.0
+        self.is_signed = is_signed
+        self.signs: deque[Sign] = deque()
         self.source = SendTransfer("r@1", NUM_BLOCKS, block_size=1, now=0.0, deadline_s=100.0, drain_s=1.0)
         self.source_event: TransferEvent | None = None
         self.block = TRUE
         self.next_index = 0
         self.revokes: deque[bytes] = deque()
         self.allowed: set[bytes] = set()
-        self.destinations = [Destination(rank) for rank in range(num_destinations)]
+        self.destinations = [Destination(rank, "crc32" if is_signed else "none") for rank in range(num_destinations)]
 
     def run_source(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -67,6 +69,8 @@ class World:
                     destination.from_source.append(effect.message)
             elif isinstance(effect, Allow):
                 self.allowed.add(effect.token)
+            elif isinstance(effect, Sign):
+                self.signs.append(effect)
             elif isinstance(effect, Revoke):
                 self.revokes.append(effect.token)
             elif isinstance(effect, Forget):
@@ -82,6 +86,9 @@ class World:
                 if d.connected:
                     d.to_source.append(effect.message)
             elif isinstance(effect, Fetch):
+                if self.is_signed:
+                    assert effect.sums is not None
+                    assert effect.sums[:, 0].tolist() == effect.src_ids.tolist(), "each block keeps its own sum"
                 d.fetches.append(effect)
             elif isinstance(effect, Cancel):
                 d.cancels += 1
@@ -101,6 +108,8 @@ class World:
             elif self.next_index == NUM_BLOCKS:
                 found.append("finish")
             found.append("source aborts")
+        if self.signs:
+            found.append("signed")
         if self.revokes:
             found.append("revoked")
         for d in self.destinations:
@@ -171,6 +180,11 @@ class World:
             self.next_index += 1
         elif action == "source aborts":
             self.run_source(self.source.abort("enough", "", self.now))
+        elif action == "signed":
+            sign = self.signs.popleft()
+            if self.source_event is None and sign.token in self.source.receivers:
+                sums = sign.block_ids.astype("<u8").tobytes()
+                self.run_source(self.source.signed(sign.token, sign.first_index, sign.block_ids, sums, self.now))
         elif action == "revoked":
             token = self.revokes.popleft()
             if self.source_event is None:
@@ -181,7 +195,7 @@ class World:
             if self.source_event is not None:
                 d.from_source.append(Abort(message.token, "has ended"))
                 return
-            receiver = Receiver(d.peer, message.token, d.rank, f"d{d.rank}", "shm", 1)
+            receiver = Receiver(d.peer, message.token, d.rank, f"d{d.rank}", "shm", 1, is_signed=self.is_signed)
             expected = frozenset(range(len(self.destinations)))
             self.run_source(self.source.reserve(receiver, expected, message.num_blocks, self.now))
             return
@@ -202,7 +216,7 @@ class World:
             return
         if isinstance(message, Blocks):
             ids = np.frombuffer(message.block_ids, "<u4").astype(np.int64)
-            self.run_destination(d, d.machine.blocks(message.token, message.first_index, ids))
+            self.run_destination(d, d.machine.blocks(message.token, message.first_index, ids, message.sums))
         elif isinstance(message, End):
             self.run_destination(d, d.machine.end(message.token, message.aux))
         elif isinstance(message, Confirmed):
@@ -221,9 +235,11 @@ class World:
 
 
 @settings(deadline=None, max_examples=400)
-@given(st.integers(1, 3), st.data())
-def test_a_transfer_ends_once_on_each_side_and_only_true_bytes_are_received(num: int, data: st.DataObject) -> None:
-    world = World(num)
+@given(st.integers(1, 3), st.booleans(), st.data())
+def test_a_transfer_ends_once_on_each_side_and_only_true_bytes_are_received(
+    num: int, is_signed: bool, data: st.DataObject
+) -> None:
+    world = World(num, is_signed)
     # Most steps go forward; trouble comes now and then.
     for _ in range(data.draw(st.integers(0, 60))):
         actions = world.actions()
@@ -240,9 +256,10 @@ def test_a_transfer_ends_once_on_each_side_and_only_true_bytes_are_received(num:
         assert d.pool == [REUSED] * NUM_BLOCKS, "nothing is written after the end"
 
 
+@pytest.mark.parametrize("is_signed", [False, True])
 @pytest.mark.parametrize("num", [1, 2, 3])
-def test_without_trouble_everything_is_sent_and_received(num: int) -> None:
-    world = World(num)
+def test_without_trouble_everything_is_sent_and_received(num: int, is_signed: bool) -> None:
+    world = World(num, is_signed)
     world.settle()
     assert isinstance(world.source_event, Sent)
     assert all(isinstance(d.event, Received) for d in world.destinations)
@@ -287,6 +304,34 @@ def test_a_destination_refuses_an_end_before_all_blocks_and_a_confirmation_befor
         (report,) = [e for e in d.machine.cancelled(d.leg.token) if isinstance(e, Report)]
         assert isinstance(report.event, TransferFailed)
         assert words in report.event.reason
+
+
+@pytest.mark.parametrize(("checksum", "sums"), [("crc32", b""), ("crc32", bytes(24)), ("none", bytes(16))])
+def test_checksums_that_do_not_belong_to_the_blocks_fail_the_transfer(checksum: str, sums: bytes) -> None:
+    d = Destination(0, checksum)
+    d.machine.ready(d.leg.token, "shm", 0.0)
+    d.machine.blocks(d.leg.token, 0, np.array([1, 2]), sums)
+    (report,) = [e for e in d.machine.cancelled(d.leg.token) if isinstance(e, Report)]
+    assert isinstance(report.event, TransferFailed)
+    assert "bytes of checksums for 2 blocks" in report.event.reason
+
+
+def test_the_end_waits_for_the_checksums_of_all_blocks() -> None:
+    source = SendTransfer("r@1", 2, block_size=1, now=0.0, deadline_s=10.0, drain_s=1.0)
+    source.reserve(Receiver(b"d", b"t", 0, "d0", "shm", 1, is_signed=True), frozenset({0}), 2, 0.0)
+    assert [type(e) for e in source.offer(0, np.array([3, 4]))] == [Sign]
+    assert source.finish(b"aux") == []
+    effects = source.signed(b"t", 0, np.array([3, 4]), bytes(16), 0.0)
+    assert [type(e.message if isinstance(e, Tell) else e) for e in effects] == [Allow, Blocks, End]
+    assert isinstance(source.applied(b"t", 2, 0.0)[0], Forget)
+
+
+def test_blocks_that_cannot_be_hashed_fail_the_transfer() -> None:
+    source = SendTransfer("r@1", 1, block_size=1, now=0.0, deadline_s=10.0, drain_s=1.0)
+    source.reserve(Receiver(b"d", b"t", 0, "d0", "shm", 1, is_signed=True), frozenset({0}), 1, 0.0)
+    source.offer(0, np.array([3]))
+    source.signed(b"t", 0, np.array([3]), None, 0.0)
+    assert not source.is_open
 
 
 def test_a_live_peer_that_still_reads_is_waited_for_and_a_silent_one_only_so_long() -> None:
