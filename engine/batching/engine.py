@@ -14,8 +14,9 @@ from engine.batching.draws import Draw, Sampled, seed_of
 from engine.batching.scheduler import StepPlan, plan_step
 from engine.batching.sequence import Sequence
 from engine.batching.stopping import StopChecker
-from engine.port import EngineDriver, EngineEvent, EngineLoad, EngineSpec, Mode, TokensOut
+from engine.port import BlocksReady, EngineDriver, EngineEvent, EngineLoad, EngineSpec, Mode, TokensOut
 from splitwise_sched.detokenizer import TokenTexts
+from splitwise_sched.errors import InvalidRequest
 from splitwise_sched.types import FinishReason, Request
 
 Work = SequenceOf[tuple[Sequence, int]]
@@ -35,11 +36,16 @@ class BatchingEngine(EngineDriver):
     """
 
     def __init__(
-        self, spec: EngineSpec, *, max_num_batched_tokens: int, eos_token_ids: Iterable[int], texts: TokenTexts
+        self,
+        spec: EngineSpec,
+        *,
+        max_num_batched_tokens: int,
+        eos_token_ids: Iterable[int] = (),
+        texts: TokenTexts | None = None,
     ) -> None:
         """
         Args:
-            texts: of the model's tokens, for stop strings.
+            texts: of the model's tokens; without them, requests with stop strings are refused.
         """
         self._spec = spec
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -68,12 +74,18 @@ class BatchingEngine(EngineDriver):
         """
 
     @abstractmethod
-    def _kv_ready(self, sequence: Sequence) -> list[EngineEvent]:
-        """What the last computed chunk of a PREFILL run has made ready to be sent."""
-
-    @abstractmethod
     def _wipe(self, sequence: Sequence) -> None:
         """Its KV made no finite logits: no later owner of its place may meet it."""
+
+    def _kv_ready(self, sequence: Sequence) -> list[EngineEvent]:
+        """What the chunk of a PREFILL run that was just computed has made ready to be sent."""
+        is_last = sequence.num_computed == len(sequence.tokens)
+        first = sequence.num_reported_blocks
+        end = len(sequence.blocks) if is_last else sequence.num_computed // self._spec.block_size
+        sequence.num_reported_blocks = end
+        if end == first:
+            return []
+        return [BlocksReady(sequence.key, first, tuple(sequence.blocks[first:end]), is_last)]
 
     def _startable(self) -> SequenceOf[Sequence]:
         """Of those that wait, oldest first, how many could start in the next step, blocks aside."""
@@ -96,6 +108,12 @@ class BatchingEngine(EngineDriver):
 
     def check(self, request: Request) -> None:
         check_request(request, self._spec)
+        if request.sampling.stop and self._texts is None:
+            raise InvalidRequest(
+                f"this engine does not know the texts of the tokens of {self._spec.model!r}: stop strings cannot be "
+                "used, give stop_token_ids",
+                param="stop",
+            )
 
     def submit(self, key: str, request: Request, mode: Mode) -> None:
         self._waiting.append(self._admit(key, request, mode))

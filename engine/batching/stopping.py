@@ -20,13 +20,17 @@ class StopChecker:
     """Watches the output tokens of one sequence; each is pushed once, in order, those already emitted included."""
 
     def __init__(
-        self, sampling: SamplingParams, eos_token_ids: Iterable[int], texts: TokenTexts, emitted: Sequence[int] = ()
+        self,
+        sampling: SamplingParams,
+        eos_token_ids: Iterable[int],
+        texts: TokenTexts | None,
+        emitted: Sequence[int] = (),
     ) -> None:
         self._max_tokens = sampling.max_tokens
         self._eos = frozenset() if sampling.ignore_eos else frozenset(eos_token_ids)
         self._stop_token_ids = frozenset(sampling.stop_token_ids)
         self._matcher = StopMatcher(sampling.stop) if sampling.stop else None
-        self._decoder = IncrementalDecoder(texts) if sampling.stop else None
+        self._decoder = IncrementalDecoder(texts) if sampling.stop and texts is not None else None
         self._num_output = 0
         for token_id in emitted:
             self.push(token_id)

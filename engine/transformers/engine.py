@@ -10,7 +10,7 @@ import torch
 from engine.batching.draws import Sampled
 from engine.batching.engine import BatchingEngine, Work, draw_of
 from engine.batching.sequence import Sequence
-from engine.port import BlocksReady, EngineEvent, EngineSpec
+from engine.port import EngineSpec
 from engine.transformers.attention import use_paged_attention
 from engine.transformers.batch import build_batch
 from engine.transformers.loading import load_model
@@ -72,15 +72,6 @@ class TransformersEngine(BatchingEngine):
         if not batch.finishing:
             return []
         return list(zip(batch.finishing, sample(logits, [draw_of(s) for s in batch.finishing]), strict=True))
-
-    def _kv_ready(self, sequence: Sequence) -> list[EngineEvent]:
-        is_last = sequence.num_computed == len(sequence.tokens)
-        first = sequence.num_reported_blocks
-        end = len(sequence.blocks) if is_last else sequence.num_computed // self._spec.block_size
-        sequence.num_reported_blocks = end
-        if end == first:
-            return []
-        return [BlocksReady(sequence.key, first, tuple(sequence.blocks[first:end]), is_last)]
 
     def _wipe(self, sequence: Sequence) -> None:
         self._kv.clear(sequence.blocks)

@@ -1,0 +1,7 @@
+from toy_engine import ToyPlugin
+
+from engine.conformance import EngineConformance
+
+
+class TestToyEngine(EngineConformance):
+    plugin = ToyPlugin()
