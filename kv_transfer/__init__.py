@@ -2,6 +2,7 @@
 
 from kv_transfer.endpoint import RankEndpoint, endpoints_from_text, endpoints_to_text
 from kv_transfer.errors import (
+    DeviceUnavailable,
     InvalidEndpoint,
     InvalidLayout,
     InvalidOptions,
@@ -15,18 +16,22 @@ from kv_transfer.errors import (
     UnknownTransport,
 )
 from kv_transfer.events import Received, Sent, TransferEvent, TransferFailed, TransferStats
+from kv_transfer.host_pool import TensorPool
 from kv_transfer.layout import KVLayout, check_compatible
 from kv_transfer.memory import KVPool
 from kv_transfer.messenger import Messenger
 from kv_transfer.options import TransferOptions, parse_protocols
 from kv_transfer.placement import Base, Placement
 from kv_transfer.pool import BlockPool
+from kv_transfer.staging import DevicePool
 from kv_transfer.tickets import NOT_WANTED
 
 __all__ = [
     "NOT_WANTED",
     "Base",
     "BlockPool",
+    "DevicePool",
+    "DeviceUnavailable",
     "InvalidEndpoint",
     "InvalidLayout",
     "InvalidOptions",
@@ -43,6 +48,7 @@ __all__ = [
     "RankEndpoint",
     "Received",
     "Sent",
+    "TensorPool",
     "TransferEvent",
     "TransferFailed",
     "TransferOptions",

@@ -15,8 +15,8 @@ from kv_transfer.checker import Checked, Checker, CheckEvent, Signed
 from kv_transfer.control import ControlChannel, Incoming, Source
 from kv_transfer.counters import Counters
 from kv_transfer.destination import DestinationSide
-from kv_transfer.endpoint import RankEndpoint
-from kv_transfer.errors import InvalidOptions, InvalidTransfer, MessengerClosed
+from kv_transfer.endpoint import Offer, RankEndpoint
+from kv_transfer.errors import InvalidOptions, InvalidTransfer, MessengerClosed, PoolNotServed
 from kv_transfer.events import TransferEvent, TransferFailed
 from kv_transfer.identity import ProcessIdentity
 from kv_transfer.layout import MAX_NAME_CHARS
@@ -112,12 +112,16 @@ class Messenger:
         reactor = Reactor()
         try:
             control = ControlChannel(reactor, options.bind_host, options.control_port)
-            offers = {}
+            offers: dict[str, Offer] = {}
             for cls in self._transport_classes:
                 transport = cls(self._pool, options, self._leases, self._post)
                 self._transports.append(transport)
                 transport.attach(reactor)
-                offers[transport.name] = transport.offer()
+                self._offer(transport, offers)
+            if not offers:
+                raise PoolNotServed(
+                    f"none of {', '.join(options.protocols)} can serve this pool to peers; name tcp as well"
+                )
         except BaseException:
             self._close_transports()
             reactor.close("the messenger could not start")
@@ -159,6 +163,13 @@ class Messenger:
             target=self._run, args=(reactor, control), name=f"kv-messenger-{self.name}", daemon=True
         )
         self._thread.start()
+
+    def _offer(self, transport: Transport, offers: dict[str, Offer]) -> None:
+        try:
+            offers[transport.name] = transport.offer()
+        except PoolNotServed as exc:
+            self._counters.add("not_served_total")
+            log.warning("peers cannot fetch KV from %s by %s: %s", self.name, transport.name, exc)
 
     def close(self) -> None:
         """Abort what is open (its TransferFailed can still be polled), and let go of everything. Idempotent.

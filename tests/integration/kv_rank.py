@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from kv_transfer import (
+    BlockPool,
     KVLayout,
     KVPool,
     Messenger,
@@ -53,10 +54,19 @@ def differing(layout: KVLayout, got: np.ndarray, wanted: np.ndarray) -> list[tup
 class LocalRank:
     """A rank in this process; closes what it owns."""
 
-    def __init__(self, layout: KVLayout, options: TransferOptions, name: str, seed: int = 0) -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        options: TransferOptions,
+        name: str,
+        seed: int = 0,
+        *,
+        pool: BlockPool | None = None,
+    ) -> None:
+        """A pool that is given is owned from here on."""
         self.layout = layout
-        self.pool = KVPool.allocate(layout)
-        if layout.placement is None and layout.packing == "block-major":
+        self.pool = KVPool.allocate(layout) if pool is None else pool
+        if isinstance(self.pool, KVPool) and layout.placement is None and layout.packing == "block-major":
             self.view = self.pool.as_array()
             self.fill(seed)
         self._news = threading.Event()
@@ -111,7 +121,8 @@ class LocalRank:
 
     def close(self) -> None:
         self.messenger.close()
-        self.pool.close()
+        if isinstance(self.pool, KVPool):
+            self.pool.close()
 
 
 class RemoteRank:

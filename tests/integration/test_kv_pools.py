@@ -1,0 +1,111 @@
+"""Pools that are not ours: an engine's tensors, and memory that the host cannot address, on every transport."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kv_transfer import BlockPool, DevicePool, KVPool, PoolNotServed, Received, Sent, TensorPool, TransferOptions
+from kv_transfer.staging import HostDevice
+from kv_transfer.transports.registry import installed_transports
+from tests.integration.kv_instances import MODEL, lane_options
+from tests.integration.kv_rank import LocalRank
+
+NAMES = ("plane", "block", "token", "head", "dim")
+SHAPE = (2, MODEL.num_blocks, MODEL.block_size, MODEL.num_kv_heads, MODEL.head_dim)
+
+
+def tensors(seed: int) -> list[np.ndarray]:
+    """K and V of each layer, as an engine holds them."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 2**16, SHAPE, dtype=np.uint16) for _ in range(MODEL.num_layers)]
+
+
+def pool_of(kind: str, owned: list[np.ndarray]) -> BlockPool:
+    pool = TensorPool(MODEL, owned, NAMES)
+    return pool if kind == "tensors" else DevicePool(MODEL, owned, NAMES, HostDevice(pool.regions))
+
+
+@pytest.fixture
+def ranks() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+def keep(ranks: contextlib.ExitStack, pool: BlockPool, options: TransferOptions, name: str) -> LocalRank:
+    rank = LocalRank(pool.layout, options, name, pool=pool)
+    ranks.callback(rank.close)
+    return rank
+
+
+@pytest.mark.parametrize("checksum", ["none", "crc32"])
+@pytest.mark.parametrize("kind", ["tensors", "device"])
+@pytest.mark.parametrize("lane", installed_transports())
+def test_blocks_arrive_in_memory_of_any_kind(ranks: contextlib.ExitStack, lane: str, kind: str, checksum: str) -> None:
+    options = lane_options(lane, checksum=checksum)
+    source = keep(ranks, KVPool.allocate(MODEL), options, "prefill")
+    source.fill(1)
+    owned = tensors(2)
+    wanted = [tensor.copy() for tensor in owned]
+    # A pool that cannot be served by this transport can be fetched into by it all the same.
+    served_too = replace(options, protocols=(*options.protocols, "tcp"))
+    destination = keep(ranks, pool_of(kind, owned), served_too, "decode")
+    destination.receive("r@1", [source.endpoint], [3, 1, 2])
+    source.send("r@1", [20, 5, 6])
+    received = destination.wait("r@1")
+    assert isinstance(received, Received)
+    assert received.stats.lane == lane
+    assert isinstance(source.wait("r@1"), Sent)
+    blocks = source.view.view(np.uint16).reshape(MODEL.num_blocks, MODEL.num_layers, *SHAPE[:1], *SHAPE[2:])
+    for layer, tensor in enumerate(wanted):
+        tensor[:, [3, 1, 2]] = blocks[[20, 5, 6], layer].swapaxes(0, 1)
+        assert np.array_equal(owned[layer], tensor), f"layer {layer}"
+
+
+@pytest.mark.parametrize("kind", ["tensors", "device"])
+def test_a_pool_that_peers_cannot_map_is_fetched_from_by_tcp_and_both_sides_say_so(
+    ranks: contextlib.ExitStack, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = TransferOptions(protocols=("ipc", "tcp"))
+    owned = tensors(1)
+    with caplog.at_level(logging.WARNING, "kv_transfer"):
+        source = keep(ranks, pool_of(kind, owned), options, "prefill")
+    assert "peers cannot fetch KV from prefill by shm: the pool is private memory of this process" in caplog.text
+    assert source.counters()["not_served_total"] == 1
+    destination = keep(ranks, KVPool.allocate(MODEL), options, "decode")
+    destination.receive("r@1", [source.endpoint], [0, 1, 2])
+    source.send("r@1", [7, 9, 8])
+    received = destination.wait("r@1")
+    assert isinstance(received, Received)
+    assert received.stats.lane == "tcp"
+    blocks = destination.view.view(np.uint16).reshape(MODEL.num_blocks, MODEL.num_layers, *SHAPE[:1], *SHAPE[2:])
+    for layer, tensor in enumerate(owned):
+        assert np.array_equal(blocks[:3, layer].swapaxes(0, 1), tensor[:, [7, 9, 8]])
+
+
+def test_a_rank_whose_pool_no_transport_can_serve_does_not_start() -> None:
+    with pytest.raises(PoolNotServed, match="name tcp as well"):
+        LocalRank(MODEL, TransferOptions(protocols=("shm",)), "prefill", pool=pool_of("tensors", tensors(1)))
+
+
+def test_torch_tensors_of_an_engine_are_moved_where_they_are(ranks: contextlib.ExitStack) -> None:
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(0)
+    kinds = [torch.bfloat16] * MODEL.num_layers
+    sent = [torch.randn(SHAPE, generator=generator).to(kind) for kind in kinds]
+    arrived = [torch.zeros_like(tensor) for tensor in sent]
+    options = TransferOptions(protocols=("tcp",))
+    source = keep(ranks, TensorPool(MODEL, sent, NAMES), options, "prefill")
+    destination = keep(ranks, TensorPool(MODEL, arrived, NAMES), options, "decode")
+    destination.receive("r@1", [source.endpoint], [4, 5, 23])
+    source.send("r@1", [0, 23, 11])
+    assert isinstance(destination.wait("r@1"), Received)
+    for mine, theirs in zip(arrived, sent, strict=True):
+        wanted = torch.zeros_like(theirs)
+        wanted[:, [4, 5, 23]] = theirs[:, [0, 23, 11]]
+        assert torch.equal(mine, wanted)
