@@ -50,12 +50,12 @@ class QueueFull(SplitwiseError):
 
 
 class DeadlineUnreachable(QueueFull):
-    """At the rate of late, the request would expire before its turn comes; it was not taken."""
+    """At the rate of late, the request would not end before its deadline; it was not taken."""
 
     def __init__(self, depth: int, limit: int, wait_s: float, timeout_s: float) -> None:
         super().__init__(depth, limit, min(60.0, wait_s - timeout_s + 1))
         self.args = (
-            f"the queue holds {depth} requests, and at the rate of late this one would wait {wait_s:.0f} s, which is "
+            f"the queue holds {depth} requests, and at the rate of late this one would take {wait_s:.0f} s, which is "
             f"more than its {timeout_s:.0f} s: give it more time, try again in {self.retry_after_s:.0f} s, or start "
             "more instances",
         )

@@ -131,7 +131,7 @@ class FrontEnd:
             InvalidRequest: it could not be served anywhere.
             DuplicateRequest: the topic has seen this id.
             QueueFull: with depth, limit and when to try again.
-            DeadlineUnreachable: the same, because it would expire before its turn.
+            DeadlineUnreachable: the same, because it would expire before its end.
             StoreUnavailable: Redis does not answer; the request may be queued nevertheless, and expires there.
 
         With ``durability="wait"``, a request that no replica had in time is queued all the same: its stream's

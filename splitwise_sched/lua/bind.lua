@@ -72,6 +72,27 @@ local function pick(wanted, input)
   return nil, nil, false
 end
 
+-- Claims that wait for room are spread over prefill instances, which ask again and again: whoever asks first would get it.
+-- So the oldest of them says that it is, and nobody is bound who came much later. Who is gone says nothing any more.
+--   oldest-claim  STRING that expires: <ms at which it was queued> <request id>
+local SLACK_MS, SAID_MS = 100, 50
+local oldest = redis.call('GET', P .. 'oldest-claim')
+local oldest_ms, oldest_id = string.match(oldest or '', '^(%d+) (.+)$')
+
+local function queued_ms(entry)
+  return tonumber(string.match(entry, '^%d+'))
+end
+
+local function has_to_wait(id, entry)
+  return oldest_id and oldest_id ~= id and tonumber(oldest_ms) + SLACK_MS < queued_ms(entry)
+end
+
+local function say_oldest(id, entry)
+  if oldest_id and oldest_id ~= id and tonumber(oldest_ms) < queued_ms(entry) then return end
+  oldest_ms, oldest_id = queued_ms(entry), id
+  redis.call('SET', P .. 'oldest-claim', oldest_ms .. ' ' .. id, 'PX', SAID_MS)
+end
+
 local readers = {}
 local function has_reader(frontend)
   if readers[frontend] == nil then readers[frontend] = redis.call('EXISTS', P .. 'out:' .. frontend) == 1 end
@@ -97,7 +118,8 @@ for i = 4, #ARGV, 4 do
     -- Nobody would read its answer. A front end that only slept puts it back; else it expires.
     lose(id, r, me, 'its front end is gone')
     result[#result + 1] = {id, 'STALE', '', ''}
-  elseif full then
+  elseif full or has_to_wait(id, entry) then
+    full = true
     result[#result + 1] = {id, 'WAIT', '', ''}
   else
     local decode, tokens, never = pick(tonumber(r.kv_tokens), tonumber(r.input_tokens))
@@ -110,6 +132,10 @@ for i = 4, #ARGV, 4 do
       redis.call('HSET', P .. 'request:' .. id, 'state', 'prefill', 'prefill', me, 'decode', decode,
                  'inbox_entry', inbox_entry, 'kv_reserved', tokens, 'claimed_ms', now, 'attempts', (r.attempts or 0) + 1)
       forget_preference(id, r)
+      if oldest_id == id then
+        oldest_id = nil
+        redis.call('DEL', P .. 'oldest-claim')
+      end
       num_bound, all_tokens = num_bound + 1, all_tokens + r.input_tokens
       tokens_by_class[r.class] = (tokens_by_class[r.class] or 0) + r.input_tokens
       result[#result + 1] = {id, 'BOUND', decode, r.frontend}
@@ -119,6 +145,7 @@ for i = 4, #ARGV, 4 do
       result[#result + 1] = {id, 'STALE', '', ''}
     else
       full = true
+      say_oldest(id, entry)
       result[#result + 1] = {id, 'WAIT', '', ''}
     end
   end

@@ -39,7 +39,7 @@ local function is_with(instance, r)
 end
 
 local function count(what, n)
-  redis.call('HINCRBY', P .. 'counters', what, n or 1)
+  return redis.call('HINCRBY', P .. 'counters', what, n or 1)
 end
 
 local function set_reserved(instance, tokens, requests)
@@ -134,14 +134,14 @@ local function lose(id, r, from, why)
   count('lost')
 end
 
--- the request ends for good in `state`; its record stays for retain_ms
+-- the request ends for good in `state`; its record stays for retain_ms; how many have ended so
 local function close(id, state, why, retain_ms)
   local key = P .. 'request:' .. id
   redis.call('HSET', key, 'state', state, 'reason', why, 'finished_ms', now_ms())
   redis.call('ZREM', P .. 'deadlines', id)
   redis.call('UNLINK', P .. 'body:' .. id)
   redis.call('PEXPIRE', key, retain_ms)
-  count(state)
+  return count(state)
 end
 
 -- end a request that nobody finished: both legs and its front end are told

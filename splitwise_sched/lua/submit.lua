@@ -6,7 +6,7 @@
 --   ARGV[11] class             [12] its weight            [13] tenant
 --   ARGV[14] ids of instances that it prefers, apart by spaces; "" for none   [15] ms that it waits for one of them
 --   returns  {"QUEUED", epoch} | {"DUPLICATE", state} | {"FULL", depth}
---            | {"LATE", depth, ms that those before it take at the rate of late}
+--            | {"LATE", depth, ms until it would have ended, at the rate of late}
 
 local id, timeout, retain = ARGV[2], tonumber(ARGV[6]), tonumber(ARGV[7])
 local seen = redis.call('HMGET', KEYS[1], 'state', 'nonce', 'epoch')
@@ -24,11 +24,11 @@ if limit >= 0 and depth >= limit then
   count('rejected')
   return {'FULL', depth}
 end
-local late_ms = backlog_ms(ARGV[11], tonumber(ARGV[12]))
-if late_ms and late_ms > timeout then
+local ends_ms = ends_in_ms(ARGV[11], tonumber(ARGV[12]), timeout)
+if ends_ms and ends_ms > timeout then
   redis.call('UNLINK', KEYS[5])
   count('rejected')
-  return {'LATE', depth, late_ms}
+  return {'LATE', depth, ends_ms}
 end
 redis.call('RENAME', KEYS[5], KEYS[6])
 local now = now_ms()

@@ -188,7 +188,7 @@ async def test_request_that_would_expire_in_the_queue_is_refused_at_once(redis_s
 
         await until(measured)
         await mixed.wait_for(PrefillAssigned, 2)
-        with pytest.raises(DeadlineUnreachable, match=r"would wait \d+ s, which is more than its 1 s"):
+        with pytest.raises(DeadlineUnreachable, match=r"would take \d+ s, which is more than its 1 s"):
             await frontend.submit(request(1000, 1))
         await frontend.submit(request(1001, 900))
 

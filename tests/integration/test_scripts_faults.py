@@ -8,10 +8,8 @@ import pytest
 from hypothesis import Phase
 
 from splitwise_sched import connection
-from tests.integration.test_scripts_model import loop_of, play, run_property, store_for, with_short_queue
+from tests.integration.test_scripts_model import loop_of, patient_texts, play, run_property, store_for, with_short_queue
 from tests.scripts_topic import Parted
-
-_real_texts = connection._script_texts
 
 PREFILLED = [("submit", "r0", "f0", 0), ("claim", "p0", 1), ("bind", "p0"), ("take", "d0")]
 RUN = ("r0", 1, "d0-0")
@@ -110,7 +108,7 @@ ROOM_FAULTS = {
 def plant(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Every Store that is made from here on runs its scripts with the fault."""
     script, right, wrong, _ = FAULTS[fault]
-    texts = _real_texts()
+    texts = patient_texts()
     chosen = texts if script == "common" else {script: texts[script]}
     assert all(text.count(right) == 1 for text in chosen.values()), f"{script} no longer has {right!r} once"
     faulty = {**texts, **{name: text.replace(right, wrong) for name, text in chosen.items()}}
@@ -124,7 +122,9 @@ def play_once(server: Any, operations: list[tuple[Any, ...]]) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_sequence_is_all_right_without_the_fault(redis_server, fault):
+def test_sequence_is_all_right_without_the_fault(redis_server, monkeypatch, fault):
+    texts = patient_texts()
+    monkeypatch.setattr(connection, "_script_texts", lambda: texts)
     play_once(redis_server, FAULTS[fault][-1])
 
 
@@ -145,7 +145,7 @@ def test_fault_is_found_by_random_sequences(redis_server, monkeypatch, fault):
 @pytest.mark.parametrize("fault", ROOM_FAULTS)
 def test_fault_in_the_waiting_room_is_found_by_random_sequences(redis_server, monkeypatch, fault):
     right, wrong = ROOM_FAULTS[fault]
-    texts = with_short_queue(_real_texts())
+    texts = with_short_queue(patient_texts())
     assert texts["submit"].count(right) == 1
     faulty = {name: text.replace(right, wrong) for name, text in texts.items()}
     monkeypatch.setattr(connection, "_script_texts", lambda: faulty)
