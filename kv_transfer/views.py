@@ -12,6 +12,8 @@ from kv_transfer.plan import IntArray, PairPlan, Part, Side
 
 ByteArray = npt.NDArray[np.uint8]
 AnyArray = npt.NDArray[np.generic]
+# Addresses and lengths of stretches of memory, as the C library wants them; [num_stretches, 2].
+Iovecs = npt.NDArray[np.uint64]
 
 # Contiguous runs from this length on are sent and received where they lie; shorter ones are packed first.
 DIRECT_RUN_BYTES = 2048
@@ -24,7 +26,7 @@ class BlockView(ABC):
 
     Attributes:
         unit_bytes: of each unit, over all parts.
-        is_direct: whether ``buffers`` is worth its while.
+        is_direct: whether ``iovecs`` is worth its while.
     """
 
     def __init__(self, plan: PairPlan, *, is_direct: bool) -> None:
@@ -32,8 +34,11 @@ class BlockView(ABC):
         self.is_direct = is_direct
 
     @abstractmethod
-    def buffers(self, ids: IntArray) -> list[memoryview]:
-        """The units' bytes as they are on their way, where they lie in the pool; none of them empty. If direct."""
+    def iovecs(self, ids: IntArray) -> Iovecs:
+        """The units' bytes as they are on their way, where they lie in the pool; none of them empty. If direct.
+
+        Good as long as the view is.
+        """
 
     @abstractmethod
     def gather(self, ids: IntArray, out: ByteArray | None = None) -> ByteArray:
@@ -59,8 +64,9 @@ class HostView(BlockView):
             PartView(part, part.src if side == "src" else part.dst, num_blocks, units, regions) for part in plan.parts
         ]
 
-    def buffers(self, ids: IntArray) -> list[memoryview]:
-        return [buffer for part in self.parts for buffer in part.buffers(ids)]
+    def iovecs(self, ids: IntArray) -> Iovecs:
+        found = [part.iovecs(ids) for part in self.parts]
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def gather(self, ids: IntArray, out: ByteArray | None = None) -> ByteArray:
         if out is None:
@@ -147,17 +153,20 @@ class PartView:
         else:
             self.array[ids] = packed
 
-    def buffers(self, ids: IntArray) -> list[memoryview]:
+    def iovecs(self, ids: IntArray) -> Iovecs:
         """Contiguous stretches, those that touch as one; in the order of units, then of the part's dimensions."""
         starts = self._starts(ids)
         for count, stride in zip(self.part.shape[:-1], self._side.strides, strict=True):
             starts = np.add.outer(starts, np.arange(count, dtype=np.int64) * stride)
-        starts, run, data = starts.reshape(-1), self.part.shape[-1], self._bytes
-        if len(starts) < 2:
-            return [data[start : start + run] for start in starts.tolist()]
-        firsts = np.flatnonzero(np.concatenate(([True], np.diff(starts) != run)))
-        ends = starts[np.concatenate((firsts[1:], [len(starts)])) - 1] + run
-        return [data[start:end] for start, end in zip(starts[firsts].tolist(), ends.tolist(), strict=True)]
+        starts, run = starts.reshape(-1), self.part.shape[-1]
+        if not len(starts):
+            return np.empty((0, 2), np.uint64)
+        firsts = np.flatnonzero(np.diff(starts, prepend=-1 - run) != run)
+        ends = starts[np.append(firsts[1:], len(starts)) - 1] + run
+        found = np.empty((len(firsts), 2), np.uint64)
+        found[:, 0] = starts[firsts] + self._region.ctypes.data
+        found[:, 1] = ends - starts[firsts]
+        return found
 
     def runs(self, ids: IntArray) -> list[memoryview]:
         """One stretch a unit, of a part that is a run."""

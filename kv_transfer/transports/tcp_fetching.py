@@ -11,7 +11,7 @@ import numpy as np
 from kv_transfer.addresses import is_connected
 from kv_transfer.plan import IntArray
 from kv_transfer.reactor import READ, WRITE, Channel, ConnectionLost
-from kv_transfer.transports.tcp_buffers import Buffers
+from kv_transfer.transports.tcp_buffers import Buffers, whole
 from kv_transfer.transports.tcp_wire import MAGIC, PREFACE, REQUEST, RESPONSE, STATUS_OK, STATUS_REFUSED
 from kv_transfer.views import BlockView, ByteArray
 
@@ -41,7 +41,7 @@ class _Request:
             received = sock.recv_into(scratch[: min(self.left, len(scratch))])
         else:
             if self._targets is None:
-                self._targets = Buffers(self._blocks())
+                self._targets = self._make_targets()
             received = self._targets.receive(sock)
         if not received:
             raise ConnectionLost("closed by the peer")
@@ -54,11 +54,11 @@ class _Request:
             self._view.scatter(self._dst_ids, self._packed)
         self._targets = self._packed = None
 
-    def _blocks(self) -> list[memoryview]:
+    def _make_targets(self) -> Buffers:
         if self._view.is_direct:
-            return self._view.buffers(self._dst_ids)
+            return Buffers(self._view.iovecs(self._dst_ids), self._view)
         self._packed = np.empty(self.num_bytes, np.uint8)
-        return [self._packed.data]
+        return Buffers(whole(self._packed), self._packed)
 
 
 class FetchingChannel(Channel):

@@ -12,7 +12,7 @@ import numpy as np
 from kv_transfer.leases import Lease, LeaseTable
 from kv_transfer.plan import IntArray
 from kv_transfer.reactor import READ, WRITE, Channel, ConnectionLost, Reactor
-from kv_transfer.transports.tcp_buffers import Buffers
+from kv_transfer.transports.tcp_buffers import Buffers, whole
 from kv_transfer.transports.tcp_wire import (
     MAGIC,
     MAX_IDS_PER_REQUEST,
@@ -134,13 +134,16 @@ class _Response:
             sent = sock.send(_ZEROS[: self._left])
         else:
             if self._body is None:
-                self._body = Buffers(self._blocks(self._view))
+                self._body = self._make_body(self._view)
             sent = self._body.send(sock)
         self._left -= sent
         return sent
 
-    def _blocks(self, view: BlockView) -> list[memoryview]:
-        return view.buffers(self._ids) if view.is_direct else [view.gather(self._ids).data]
+    def _make_body(self, view: BlockView) -> Buffers:
+        if view.is_direct:
+            return Buffers(view.iovecs(self._ids), view)
+        packed = view.gather(self._ids)
+        return Buffers(whole(packed), packed)
 
 
 class ServingChannel(Channel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 
@@ -34,10 +35,11 @@ def pack(source: HostView, destination: HostView, src_ids: np.ndarray, dst_ids: 
 
 
 def stream(source: HostView, destination: HostView, src_ids: np.ndarray, dst_ids: np.ndarray) -> None:
-    """As a socket does: both ends have buffers, cut at different places."""
-    sent = b"".join(source.buffers(src_ids))
-    for buffer in destination.buffers(dst_ids):
-        buffer[:], sent = sent[: len(buffer)], sent[len(buffer) :]
+    """As a socket does: both ends have stretches of memory, cut at different places."""
+    sent = b"".join(ctypes.string_at(address, size) for address, size in source.iovecs(src_ids).tolist())
+    for address, size in destination.iovecs(dst_ids).tolist():
+        ctypes.memmove(address, sent[:size], size)
+        sent = sent[size:]
     assert not sent
 
 
