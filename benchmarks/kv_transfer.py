@@ -106,7 +106,7 @@ class Bench:
         self.add(
             name,
             f"{rate:.2f} GB/s",
-            f"{ratio:.2f} x memcpy ({limit:.2f}){beside_bare}, CPU {cpu / moved * 1e9:.2f} s/GB, {beside:.0f} MiB beside the pools",
+            f"{ratio:.2f} x memcpy ({limit:.2f}){beside_bare}, CPU {cpu / moved * 1e9:.2f} s/GB, {beside:.0f} MiB",
             lane=lane,
             block_kib=kib,
             packing=packing,
@@ -223,23 +223,26 @@ class Bench:
         )
 
     def peers(self, lane: str) -> None:
-        """One rank fetches from 1, 8 and 64 others."""
-        threads = {}
+        """One rank fetches a block from each of 1, 8 and 64 others, all at once."""
+        threads, times = {}, {}
         layout = flat_layout(16, 64)
         for count in (1, 8, 64):
             far = FarSide([layout] * count, lane)
             near = Side([layout], lane, "decode")
-            far.offer([("warm", np.arange(1))])
             try:
-                for index, endpoint in enumerate(far.endpoints):
-                    near.messengers[0].open_receive(f"warm.{index}", [endpoint], [index % 64], deadline_s=60)
+                for turn in ("connecting", "connected"):
+                    far.ask(("each", turn))
+                    began = time.monotonic()
+                    for index, endpoint in enumerate(far.endpoints):
+                        near.messengers[0].open_receive(f"{turn}.{index}", [endpoint], [index], deadline_s=60)
+                    near.wait(count)
+                    times[count] = max(time.monotonic(), far.wait_sent()) - began
                 threads[count] = int(near.usage()["threads"])
-                for index in range(count):
-                    near.messengers[0].abort(f"warm.{index}", "counted")
             finally:
                 near.close()
                 far.close()
-        self.add(f"{lane} threads of a rank", str(threads), "with 1, 8, 64 peers", threads=threads)
+        text = ", ".join(f"{count} peers {seconds * 1e3:.1f}" for count, seconds in times.items())
+        self.add(f"{lane} a block of each peer", "ms", f"{text}; threads {threads}", threads=threads, seconds=times)
         self.report.targets.append(
             at_most(f"{lane} threads more with 64 peers than with 1", threads[64] - threads[1], 0)
         )

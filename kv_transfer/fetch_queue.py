@@ -12,6 +12,10 @@ from kv_transfer.plan import IntArray
 Piece = tuple[IntArray, IntArray, "Sums | None"]
 
 
+# A chunk is cut in so many when transfers take turns.
+_HELPINGS = 4
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Units that one call of a transport fetches.
@@ -49,6 +53,9 @@ class FetchQueue:
         token, pieces = next(iter(self._waiting.items()))
         src_ids, dst_ids, sums = pieces.popleft()
         most = self._units_per_chunk
+        if len(self._waiting) > 1:
+            # In turn with others: smaller helpings, so that equal transfers that began together end together.
+            most = max(1, most // _HELPINGS)
         if len(src_ids) > most:
             pieces.appendleft((src_ids[most:], dst_ids[most:], None if sums is None else sums[most:]))
             src_ids, dst_ids, sums = src_ids[:most], dst_ids[:most], None if sums is None else sums[:most]

@@ -75,6 +75,13 @@ class Side:
                 messenger.send_blocks(transfer_id, 0, ids)
                 messenger.finish_send(transfer_id, b"")
 
+    def send_each(self, name: str) -> None:
+        """Offer a block of every rank, in a transfer of its own."""
+        for index, messenger in enumerate(self.messengers):
+            messenger.open_send(f"{name}.{index}", num_blocks=1, deadline_s=TIMEOUT_S)
+            messenger.send_blocks(f"{name}.{index}", 0, [0])
+            messenger.finish_send(f"{name}.{index}", b"")
+
     def receive(self, jobs: Sequence[tuple[str, np.ndarray]], source: Sequence[RankEndpoint]) -> None:
         for transfer_id, ids in jobs:
             for messenger in self.messengers:
@@ -160,10 +167,13 @@ def _serve(pipe: Connection, layouts: list[KVLayout], lane: str) -> None:
     sent_at = 0.0
     while (command := pipe.recv()) is not None:
         what, argument = command
-        if what == "send":
-            side.send(argument)
+        if what in ("send", "each"):
+            if what == "send":
+                side.send(argument)
+            else:
+                side.send_each(argument)
             pipe.send(None)
-            side.wait(len(argument))
+            side.wait(len(argument) if what == "send" else 1)
             sent_at = time.monotonic()
         elif what == "wait":
             pipe.send(sent_at)

@@ -13,14 +13,14 @@ def ids(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.int64)
 
 
-def test_transfers_take_turns() -> None:
-    queue = FetchQueue(units_per_chunk=2, window_chunks=10)
-    queue.add(b"a", np.arange(6), np.arange(6))
+def test_transfers_take_turns_in_small_helpings_and_who_is_alone_gets_whole_chunks() -> None:
+    queue = FetchQueue(units_per_chunk=8, window_chunks=20)
+    queue.add(b"a", np.arange(16), np.arange(16))
     queue.add(b"b", np.arange(4), np.arange(4))
     order = []
     while (chunk := queue.next()) is not None:
-        order.append(chunk.token)
-    assert order == [b"a", b"b", b"a", b"b", b"a"]
+        order.append((chunk.token, len(chunk.src_ids)))
+    assert order == [(b"a", 2), (b"b", 2), (b"a", 2), (b"b", 2), (b"a", 8), (b"a", 4)]
 
 
 def test_only_so_many_are_under_way_and_dropped_ones_make_room() -> None:
