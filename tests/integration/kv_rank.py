@@ -66,7 +66,7 @@ class LocalRank:
         """A pool that is given is owned from here on."""
         self.layout = layout
         self.pool = KVPool.allocate(layout) if pool is None else pool
-        if isinstance(self.pool, KVPool) and layout.placement is None and layout.packing == "block-major":
+        if isinstance(self.pool, KVPool) and layout.placement is None and layout.packing.startswith("block-major"):
             self.view = self.pool.as_array()
             self.fill(seed)
         self._news = threading.Event()

@@ -165,6 +165,64 @@ def test_a_source_that_was_stopped_while_bytes_flowed_changes_no_byte_after_the_
 
 
 @pytest.mark.parametrize("lane", LANES)
+def test_nothing_is_written_after_an_abort_where_blocks_are_packed_and_unpacked(
+    lane: str, ranks: contextlib.ExitStack
+) -> None:
+    options = quick(lane, chunk_bytes=1 << 20, checksum="crc32")
+    token_major = dataclasses.replace(BIG, block_size=32, num_blocks=256)
+    head_major = dataclasses.replace(BIG, packing="block-major-hnd")
+    source = keep(ranks, RemoteRank(token_major, options, "prefill", 1))
+    destination = keep(ranks, LocalRank(head_major, options, "decode", 2))
+    first = destination.view[:2].copy()
+    source.send("r@1", range(token_major.num_blocks))
+    destination.receive("r@1", [source.endpoint], range(head_major.num_blocks))
+    wait_for(lambda: not np.array_equal(destination.view[:2], first))
+    source.stop()
+    destination.abort("r@1", "lease lost")
+    assert isinstance(destination.wait("r@1"), TransferFailed)
+    destination.fill(9)
+    source.resume()
+    assert isinstance(source.wait("r@1"), TransferFailed)
+    destination.receive("r@2", [source.endpoint], [3, 2])
+    source.send("r@2", [5])
+    assert isinstance(destination.wait("r@2"), Received)
+    wanted = pattern(head_major, 9)
+    block = source.view[5].reshape(8, 2, 2, 16, 8, 256)
+    wanted[[3, 2]] = block.transpose(2, 0, 1, 4, 3, 5).reshape(2, -1)
+    assert differing(head_major, destination.view, wanted) == []
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_rank_that_dies_fails_its_transfers_on_every_rank_and_leaves_the_others_free(
+    lane: str, ranks: contextlib.ExitStack
+) -> None:
+    halves = [dataclasses.replace(LAYOUT, tp_size=2, tp_rank=rank) for rank in range(2)]
+    survivor = keep(ranks, LocalRank(halves[0], quick(lane), "prefill", 1))
+    victim = keep(ranks, RemoteRank(halves[1], quick(lane), "prefill", 2))
+    destination = keep(ranks, LocalRank(LAYOUT, quick(lane), "decode", 3))
+    for source in (survivor, victim):
+        source.open_send("r@1", 10)
+        source.send_blocks("r@1", 0, range(5))
+    destination.receive("r@1", [survivor.endpoint, victim.endpoint], range(10))
+    untouched = destination.view[0].copy()
+    wait_for(lambda: not np.array_equal(destination.view[0], untouched))
+    victim.kill()
+    failed = destination.wait("r@1")
+    assert isinstance(failed, TransferFailed)
+    assert failed.peer == victim.endpoint.describe()
+    told = survivor.wait("r@1")
+    assert isinstance(told, TransferFailed)
+    assert "the destination gave up" in told.reason
+    destination.fill(4)
+    next_victim = keep(ranks, LocalRank(halves[1], quick(lane), "prefill", 5))
+    destination.receive("r@2", [survivor.endpoint, next_victim.endpoint], range(10))
+    for source in (survivor, next_victim):
+        source.send("r@2", range(10))
+        assert isinstance(source.wait("r@2"), Sent)
+    assert isinstance(destination.wait("r@2"), Received)
+
+
+@pytest.mark.parametrize("lane", LANES)
 def test_a_peer_that_stands_still_is_taken_for_gone_by_the_other_side(lane: str, ranks: contextlib.ExitStack) -> None:
     source = keep(ranks, LocalRank(LAYOUT, quick(lane), "prefill", 1))
     destination = keep(ranks, RemoteRank(LAYOUT, quick(lane), "decode", 2))

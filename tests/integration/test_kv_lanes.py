@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import secrets
 import socket
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 
 import pytest
@@ -20,7 +24,7 @@ from kv_transfer import (
     TransportFailed,
     UnknownTransport,
 )
-from tests.integration.kv_rank import LAYOUT, LocalRank, differing
+from tests.integration.kv_rank import LAYOUT, ROOT, LocalRank, differing
 
 
 @pytest.fixture
@@ -124,3 +128,29 @@ def test_a_port_that_is_taken_is_named(which: str) -> None:
         with pytest.raises(TransportFailed, match=f"port {port}"):
             messenger.start()
         messenger.close()
+
+
+def test_a_full_dev_shm_costs_nobody_a_pool_or_a_transfer() -> None:
+    program = textwrap.dedent("""
+        from tests.integration.kv_rank import LAYOUT, LocalRank
+        from kv_transfer import Received, TransferOptions
+        source, destination = (LocalRank(LAYOUT, TransferOptions(protocols=("shm",)), name, 1) for name in "pd")
+        destination.receive("r@1", [source.endpoint], [1, 2])
+        source.send("r@1", [1, 2])
+        assert isinstance(destination.wait("r@1"), Received)
+        destination.close()
+        source.close()
+        print("moved")
+    """)
+    fill = "mount -t tmpfs -o size=64k full /dev/shm && ! dd if=/dev/zero of=/dev/shm/x bs=64k count=2 2>/dev/null"
+    unshare = ["unshare", "--mount", "--map-root-user", "sh", "-ec"]
+    try:
+        allowed = subprocess.run([*unshare, fill], capture_output=True, timeout=60, check=False).returncode == 0
+    except FileNotFoundError:
+        allowed = False
+    if not allowed:
+        assert not os.environ.get("CI"), "this host cannot make a mount namespace"
+        pytest.skip("this host cannot make a mount namespace")
+    command = [*unshare, f'{fill}; exec "$0" -c "$1"', sys.executable, program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "moved\n", "")

@@ -21,7 +21,12 @@ from kv_transfer import (
     TransferFailed,
     TransferOptions,
 )
-from tests.integration.kv_rank import LAYOUT, ROOT, LocalRank
+from kv_transfer.leases import Lease
+from kv_transfer.receiving import Leg, ReceiveTransfer
+from kv_transfer.sending import SendTransfer
+from kv_transfer.transports.registry import installed_transports
+from tests.integration.kv_instances import lane_options
+from tests.integration.kv_rank import LAYOUT, ROOT, LocalRank, differing
 
 
 def open_descriptors() -> int:
@@ -54,6 +59,61 @@ def test_closing_gives_back_every_thread_descriptor_and_mapping(lane: str) -> No
     assert threading.active_count() == threads
     assert open_descriptors() == descriptors
     assert mapped_pools() == mappings
+
+
+@pytest.mark.parametrize("checksum", ["none", "crc32"])
+@pytest.mark.parametrize("lane", installed_transports())
+def test_a_thousand_transfers_and_a_hundred_aborted_ones_leave_nothing_behind(lane: str, checksum: str) -> None:
+    options = lane_options(lane, checksum=checksum)
+    source, destination = LocalRank(LAYOUT, options, "p", 1), LocalRank(LAYOUT, options, "d", 2)
+    try:
+        exchange(source, destination, "warm", 50)
+        before = resources()
+        for part in range(20):
+            exchange(source, destination, f"r{part}", 55)
+        assert resources() == before
+        assert before["records"] == 0
+        for rank in (source, destination):
+            assert rank.counters()["transfers_open"] == 0
+            assert sum(rank.counters()[f"{way}_total"] for way in ("sent", "received")) >= 1000
+        # Every block is free again: the last transfer may take all of them.
+        destination.receive("all", [source.endpoint], range(LAYOUT.num_blocks))
+        source.send("all", range(LAYOUT.num_blocks))
+        assert isinstance(destination.wait("all"), Received)
+        assert differing(LAYOUT, destination.view, source.view) == []
+    finally:
+        destination.close()
+        source.close()
+
+
+def exchange(source: LocalRank, destination: LocalRank, name: str, count: int) -> None:
+    """So many transfers at a time; every eleventh is aborted, by one side and then the other, in mid-transfer."""
+    ids = [f"{name}-{i}" for i in range(count)]
+    aborted = ids[5::11]
+    for index, transfer_id in enumerate(ids):
+        blocks = range(4 * index, 4 * index + 4)
+        destination.receive(transfer_id, [source.endpoint], blocks)
+        source.open_send(transfer_id, 4)
+        source.send_blocks(transfer_id, 0, blocks[:2])
+    for index, transfer_id in enumerate(aborted):
+        (source, destination)[index % 2].abort(transfer_id, "its user has left")
+    for index, transfer_id in enumerate(ids):
+        if transfer_id not in aborted:
+            source.send_blocks(transfer_id, 2, range(4 * index + 2, 4 * index + 4))
+            source.finish_send(transfer_id)
+    for transfer_id in ids:
+        received, sent = destination.wait(transfer_id), source.wait(transfer_id)
+        assert isinstance(received, TransferFailed) == isinstance(sent, TransferFailed) == (transfer_id in aborted)
+
+
+def resources() -> dict[str, int]:
+    """What a leak would add to: a socket is a descriptor, a segment a descriptor or a mapping."""
+    return {
+        "descriptors": open_descriptors(),
+        "threads": threading.active_count(),
+        "mappings": mapped_pools(),
+        "records": sum(isinstance(o, SendTransfer | ReceiveTransfer | Lease | Leg) for o in gc.get_objects()),
+    }
 
 
 def test_a_process_that_never_closes_its_messenger_ends_all_the_same() -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ import pytest
 from kv_transfer.errors import PoolUnavailable
 from kv_transfer.layout import KVLayout, placement_of
 from kv_transfer.memory import TRAILER, TRAILER_MAGIC, KVPool, region_offsets
+from kv_transfer.placement import packed
 
 LAYOUT = KVLayout("transformers", "m", "float32", 2, 2, 8, 4, 33)
 
@@ -71,3 +76,35 @@ def test_more_memory_than_the_host_has_is_a_clear_error() -> None:
 def test_a_new_pool_is_zeroed() -> None:
     with KVPool.allocate(LAYOUT, populate=False) as pool:
         assert not np.any(pool.as_array())
+
+
+def test_a_host_without_room_for_the_file_is_a_clear_error_and_leaves_no_descriptor() -> None:
+    program = textwrap.dedent("""
+        import os, resource
+        from kv_transfer import KVLayout, KVPool, PoolUnavailable
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+        before = os.listdir("/proc/self/fd")
+        try:
+            KVPool.allocate(KVLayout("e", "m", "float32", 2, 2, 8, 4, 1000))
+        except PoolUnavailable as exc:
+            print(exc)
+        assert os.listdir("/proc/self/fd") == before
+    """)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "cannot allocate a KV pool of 1024000 bytes" in done.stdout
+    assert "ask for fewer blocks" in done.stdout
+
+
+def test_a_pool_of_several_regions_holds_each_from_a_page_boundary_on() -> None:
+    order = ("layer", "plane", "block", "token", "head")
+    placed = replace(LAYOUT, placement=packed(LAYOUT.shape, order, split=("layer", "plane")))
+    with KVPool.allocate(placed) as pool:
+        assert [len(region) for region in pool.regions] == [33 * 4 * 2 * 8 * 4] * 4
+        for number, region in enumerate(pool.regions):
+            region[:] = number + 1
+        offsets = region_offsets(placement_of(placed))
+        assert [offset % mmap.PAGESIZE for offset in offsets] == [0] * 5
+        assert [os.pread(pool.fd, 1, offset)[0] for offset in offsets[:4]] == [1, 2, 3, 4]
+        with pytest.raises(ValueError, match="use regions"):
+            pool.as_array()
