@@ -56,6 +56,8 @@ class Connection:
         self.keys = Keys(settings.scheduler_topic, shard)
         self.server = ""
         self.advice: list[str] = []
+        limit, shards = settings.scheduler_max_size, settings.scheduler_shards
+        self.max_size = limit if limit < 0 else -(-limit // shards)
         self._settings = settings
         self._servers = servers_of(settings, self.keys)
         self.address = self._servers.description

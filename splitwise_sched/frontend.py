@@ -12,8 +12,9 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import replace
+from typing import Any
 
 from splitwise_sched.codec import encode_request
 from splitwise_sched.errors import (
@@ -30,6 +31,7 @@ from splitwise_sched.outputs import Lost, decode_outputs
 from splitwise_sched.records import InstanceRecord
 from splitwise_sched.replication import ReplicationWatch
 from splitwise_sched.settings import SchedulerSettings
+from splitwise_sched.shards import Shard, Shards
 from splitwise_sched.store import NO_PREFERENCE, ORPHANED, Flow, Preference, Store
 from splitwise_sched.sweeper import Sweeper
 from splitwise_sched.types import FinishReason, Output, Request, check_id
@@ -43,7 +45,8 @@ VERIFY_AFTER_S = 1.0
 VERIFY_BATCH = 500
 DOUBTS = 2
 SPILL_BATCH = 100
-INSTANCES_CACHE_S = 0.5
+# More than a request has runs: epochs in the shard that it leaves do not reach those in the one that it goes to.
+EPOCHS_PER_SHARD = 1000
 PAUSE_AFTER_FAILURE_S = 0.2
 
 
@@ -57,19 +60,15 @@ class FrontEnd:
     def __init__(self, settings: SchedulerSettings, *, name: str | None = None) -> None:
         self.settings = settings
         self.frontend_id = f"{check_id('front end', name or 'frontend')}-{secrets.token_hex(4)}"
-        self.store = Store(settings)
+        self.shards = Shards(settings)
+        self.store = self.shards[0].store
         self._streams: dict[str, OutputStream] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._lease_ms = int(settings.frontend_lease_s * 1000)
         self._retain_ms = int(settings.scheduler_ttl * 1000)
         self._class_weights = settings.class_weights
-        self._read_up_to = "0-0"
-        self._verify_now = asyncio.Event()
-        self._spill_now = asyncio.Event()
-        self._seen_at = 0.0
         self._ends: deque[float] = deque(maxlen=200)
         self._replication = ReplicationWatch(settings.durability_timeout_ms)
-        self._instances: tuple[float, list[InstanceRecord]] = (float("-inf"), [])
 
     async def __aenter__(self) -> FrontEnd:
         await self.start()
@@ -81,15 +80,23 @@ class FrontEnd:
     async def start(self) -> None:
         """Raises StoreUnavailable or StoreUnsuitable, see Store.connect; nothing runs on after that."""
         try:
-            await self.store.connect()
-            await self.store.open_out(self.frontend_id, self._lease_ms)
+            for shard in self.shards:
+                await shard.store.connect()
+                await shard.store.open_out(self.frontend_id, self._lease_ms)
+                shard.seen_at = time.monotonic()
+            if len(self.shards) > 1:
+                await self.shards.look()
         except SplitwiseError:
-            await self.store.close()
+            await self._close_stores()
             raise
-        self._seen_at = time.monotonic()
-        sweeper = Sweeper(self.store, retain_ms=self._retain_ms, period_s=self.settings.instance_lease_s / 4)
-        loops = (self._read(), self._keep_lease(), self._verify(), self._spill(), sweeper.run())
+        loops = [loop for shard in self.shards for loop in self._loops(shard)]
+        if len(self.shards) > 1:
+            loops.append(self.shards.keep_looking())
         self._tasks = [asyncio.create_task(loop) for loop in loops]
+
+    def _loops(self, shard: Shard) -> list[Coroutine[Any, Any, None]]:
+        sweeper = Sweeper(shard.store, retain_ms=self._retain_ms, period_s=self.settings.instance_lease_s / 4)
+        return [self._read(shard), self._keep_lease(shard), self._verify(shard), self._spill(shard), sweeper.run()]
 
     async def close(self) -> None:
         """Cancel what has not ended, and leave. Idempotent."""
@@ -105,12 +112,22 @@ class FrontEnd:
         for stream in self._streams.values():
             stream.put(RequestFailed(stream.request_id, "cancelled", "its front end was shut down"))
         self._streams.clear()
-        await self.store.close()
+        await self._close_stores()
+
+    async def _close_stores(self) -> None:
+        for shard in self.shards:
+            await shard.store.close()
 
     async def _leave(self) -> None:
-        cancels = (self.store.cancel(i, "its front end was shut down", self._retain_ms) for i in list(self._streams))
+        cancels = (
+            self._store_of(stream).cancel(request_id, "its front end was shut down", self._retain_ms)
+            for request_id, stream in list(self._streams.items())
+        )
         await asyncio.gather(*cancels)
-        await self.store.close_out(self.frontend_id)
+        await asyncio.gather(*(shard.store.close_out(self.frontend_id) for shard in self.shards))
+
+    def _store_of(self, stream: OutputStream) -> Store:
+        return self.shards[stream.shard].store
 
     @property
     def num_unconfirmed(self) -> int:
@@ -119,8 +136,9 @@ class FrontEnd:
 
     @property
     def healthy(self) -> bool:
-        """Redis answered within the front end's lease."""
-        return time.monotonic() - self._seen_at < self.settings.frontend_lease_s
+        """Redis answered within the front end's lease, on one shard at least."""
+        seen_at = max(shard.seen_at for shard in self.shards)
+        return time.monotonic() - seen_at < self.settings.frontend_lease_s
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -142,14 +160,16 @@ class FrontEnd:
         if request.request_id in self._streams:
             raise DuplicateRequest(request.request_id, "in flight")
         timeout_s = request.timeout_s or self.settings.scheduler_ttl
-        flow, preference = self._flow(request), await self._preference(request)
+        flow, shard = self._flow(request), await self.shards.choose(request.prefer)
+        preference = await self._preference(request, shard)
         body = encode_request(request)
         nonce = secrets.token_hex(8)
         stream = OutputStream(request, nonce, time.monotonic() + timeout_s, self.cancel)
+        stream.shard = shard.index
         # Known before Redis knows it: an output may overtake the reply.
         self._streams[request.request_id] = stream
         try:
-            verdict, detail = await self.store.submit(
+            verdict, detail = await shard.store.submit(
                 request.request_id,
                 body,
                 frontend_id=self.frontend_id,
@@ -167,13 +187,13 @@ class FrontEnd:
             raise
         if verdict == "QUEUED":
             if preference.instance_ids:
-                asyncio.get_running_loop().call_later(preference.wait_ms / 1000, self._spill_now.set)
+                asyncio.get_running_loop().call_later(preference.wait_ms / 1000, shard.spill_now.set)
             if len(detail) > 1:
                 stream.num_replicas = int(detail[1])
                 self._replication.note(request.request_id, stream.num_replicas)
             return stream
         self._streams.pop(request.request_id, None)
-        limit = self.settings.scheduler_max_size
+        limit = shard.store.max_size
         if verdict == "FULL":
             raise QueueFull(int(detail[0]), limit, self._retry_after_s(int(detail[0])))
         if verdict == "LATE":
@@ -186,7 +206,10 @@ class FrontEnd:
         Returns:
             False when it was unknown or had ended.
         """
-        ended, _ = await self.store.cancel(request_id, reason, self._retain_ms)
+        stream = self._streams.get(request_id)
+        stores = [shard.store for shard in self.shards] if stream is None else [self._store_of(stream)]
+        answers = await asyncio.gather(*(store.cancel(request_id, reason, self._retain_ms) for store in stores))
+        ended = any(answer[0] for answer in answers)
         stream = self._streams.pop(request_id, None)
         if stream is not None and not stream.assembly.ended:
             stream.assembly.ended = True
@@ -197,16 +220,16 @@ class FrontEnd:
         return ended
 
     async def instances(self) -> list[InstanceRecord]:
-        """Live instances, as of at most half a second ago."""
-        read_at, records = self._instances
-        if time.monotonic() - read_at > INSTANCES_CACHE_S:
-            records = await self.store.live_instances()
-            self._instances = (time.monotonic(), records)
-        return records
+        """Live instances of all shards, as of at most half a second ago."""
+        return [record for shard in self.shards for record in await shard.instances()]
 
     async def request_record(self, request_id: str) -> Mapping[str, str]:
         """The request's readable record, {} when there is none (any more)."""
-        return await self.store.request_record(request_id)
+        stream = self._streams.get(request_id)
+        for store in [shard.store for shard in self.shards] if stream is None else [self._store_of(stream)]:
+            if record := await store.request_record(request_id):
+                return record
+        return {}
 
     def _flow(self, request: Request) -> Flow:
         weights = self._class_weights
@@ -216,11 +239,11 @@ class FrontEnd:
             )
         return Flow(request.priority, weights[request.priority], request.tenant or "-")
 
-    async def _preference(self, request: Request) -> Preference:
+    async def _preference(self, request: Request, shard: Shard) -> Preference:
         """Ids of those that are preferred and live; names stand for whoever has them now."""
         if not request.prefer:
             return NO_PREFERENCE
-        live = await self.instances()
+        live = await shard.instances()
         ids = [r.instance_id for wanted in request.prefer for r in live if wanted in (r.name, r.instance_id)]
         return Preference(" ".join(ids), self.settings.preferred_wait_ms)
 
@@ -238,18 +261,18 @@ class FrontEnd:
 
     # ---- outputs -------------------------------------------------------------------------------------------------
 
-    async def _read(self) -> None:
-        out = self.store.keys.out(self.frontend_id)
-        async with self.store.reader() as reader:
+    async def _read(self, shard: Shard) -> None:
+        out = shard.store.keys.out(self.frontend_id)
+        async with shard.store.reader() as reader:
             while True:
                 try:
-                    entries = await reader.read({out: self._read_up_to}, BLOCK_MS, READ_COUNT)
+                    entries = await reader.read({out: shard.read_up_to}, BLOCK_MS, READ_COUNT)
                 except StoreUnavailable as exc:
                     reader.outage.failed(exc)
-                    self._verify_now.set()
+                    shard.verify_now.set()
                     await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
                     continue
-                self._seen_at = time.monotonic()
+                shard.seen_at = time.monotonic()
                 by_request: dict[str, list[str]] = {}
                 for _, entry_id, fields in entries:
                     for request_id, value in zip(fields[::2], fields[1::2], strict=True):
@@ -257,7 +280,7 @@ class FrontEnd:
                             by_request[request_id].append(value)
                         else:
                             by_request[request_id] = [value]
-                    self._read_up_to = entry_id
+                    shard.read_up_to = entry_id
                 for request_id, values in by_request.items():
                     self._take(request_id, values)
 
@@ -296,10 +319,11 @@ class FrontEnd:
             await self._end(stream, FinishReason.EXPIRED, f"its time was over; before that: {reason}")
             return
         try:
-            await self._renew()
+            shard = await self._shard_to_go_on_in(stream)
+            await self._renew(shard)
             if stream.assembly.ended:
                 return
-            verdict, *detail = await self.store.resubmit(
+            verdict, *detail = await shard.store.resubmit(
                 request.request_id,
                 encode_request(request),
                 frontend_id=self.frontend_id,
@@ -324,11 +348,27 @@ class FrontEnd:
             if stream.assembly.ended:
                 # Its user cancelled it meanwhile, when Redis did not know it.
                 with contextlib.suppress(StoreUnavailable):
-                    await self.store.cancel(stream.request_id, "it was cancelled before", self._retain_ms)
+                    await shard.store.cancel(stream.request_id, "it was cancelled before", self._retain_ms)
         elif verdict == "FAILED":
             await self._end(stream, FinishReason.ERROR, str(detail[0]))
         elif verdict == "ENDED":
             self._doubt(stream, *map(str, detail))
+
+    async def _shard_to_go_on_in(self, stream: OutputStream) -> Shard:
+        """Its own, or another when that has had nobody to serve it for some time."""
+        shard = self.shards[stream.shard]
+        refuge = self.shards.refuge(shard)
+        if refuge is None:
+            return shard
+        logger.warning(
+            "moving %s from shard %d, which nobody serves, to %d", stream.request_id, shard.index, refuge.index
+        )
+        # Whatever is still said of it in the old shard is stale from here.
+        stream.assembly.raise_epoch(stream.assembly.epoch + EPOCHS_PER_SHARD)
+        stream.shard = refuge.index
+        with contextlib.suppress(SplitwiseError):
+            await shard.store.cancel(stream.request_id, f"it goes on in shard {refuge.index}", self._retain_ms)
+        return refuge
 
     async def _end(self, stream: OutputStream, reason: FinishReason, detail: str | None) -> None:
         """End a request from here; its record in Redis is closed if it is still open."""
@@ -339,26 +379,37 @@ class FrontEnd:
         index = len(stream.assembly.token_ids)
         stream.put(Output(stream.request_id, stream.assembly.epoch, index, finish_reason=reason, detail=detail))
         with contextlib.suppress(StoreUnavailable):
-            await self.store.cancel(stream.request_id, detail or reason.value, self._retain_ms)
+            await self._store_of(stream).cancel(stream.request_id, detail or reason.value, self._retain_ms)
 
-    async def _verify(self) -> None:
+    async def _verify(self, shard: Shard) -> None:
         """Now and then, and after every broken connection: does Redis know each request that has not ended?"""
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._verify_now.wait(), VERIFY_PERIOD_S)
-            self._verify_now.clear()
+                await asyncio.wait_for(shard.verify_now.wait(), VERIFY_PERIOD_S)
+            shard.verify_now.clear()
             now = time.monotonic()
-            open_streams = [s for s in self._streams.values() if now - s.submitted_at > VERIFY_AFTER_S]
+            open_streams = [
+                stream
+                for stream in self._streams.values()
+                if stream.shard == shard.index and now - stream.submitted_at > VERIFY_AFTER_S
+            ]
             try:
                 for i in range(0, len(open_streams), VERIFY_BATCH):
-                    await self._verify_some(open_streams[i : i + VERIFY_BATCH])
+                    await self._verify_some(shard, open_streams[i : i + VERIFY_BATCH])
             except SplitwiseError as exc:
                 logger.warning("%s", exc)
 
-    async def _verify_some(self, streams: list[OutputStream]) -> None:
-        states = await self.store.request_states([s.request_id for s in streams])
+    async def _verify_some(self, shard: Shard, streams: list[OutputStream]) -> None:
+        try:
+            states = await shard.store.request_states([s.request_id for s in streams])
+        except SplitwiseError:
+            if self.shards.refuge(shard) is not None:
+                for stream in streams:
+                    self._recover(stream, f"shard {shard.index} does not answer")
+            raise
+        is_deserted = self.shards.refuge(shard) is not None
         for stream, known in zip(streams, states, strict=True):
-            if stream.assembly.ended:
+            if stream.assembly.ended or stream.shard != shard.index:
                 continue
             if time.monotonic() > stream.deadline + 1:
                 await self._end(stream, FinishReason.EXPIRED, "it did not end before its deadline")
@@ -370,6 +421,8 @@ class FrontEnd:
             elif known[0] == ORPHANED:
                 stream.assembly.raise_epoch(known[1])
                 self._recover(stream, "this front end had been taken for dead")
+            elif known[0] == "queued" and is_deserted:
+                self._recover(stream, f"nobody serves shard {shard.index}")
             elif known[0] not in ("queued", "prefill", "decode"):
                 self._doubt(stream, known[0], "")
             else:
@@ -396,24 +449,24 @@ class FrontEnd:
             self._streams.pop(stream.request_id, None)
             stream.put(RequestFailed(stream.request_id, state, reason or "the word why was lost on its way"))
 
-    async def _spill(self) -> None:
+    async def _spill(self, shard: Shard) -> None:
         """A request that waits for an instance in particular has waited long enough."""
         while True:
-            await self._spill_now.wait()
-            self._spill_now.clear()
+            await shard.spill_now.wait()
+            shard.spill_now.clear()
             with contextlib.suppress(StoreUnavailable):
-                await self.store.expire(SPILL_BATCH, self._retain_ms)
+                await shard.store.expire(SPILL_BATCH, self._retain_ms)
 
-    async def _renew(self) -> None:
+    async def _renew(self, shard: Shard) -> None:
         """Renew lease and stream; they are made anew when Redis has lost them."""
-        if not await self.store.renew_frontend(self.frontend_id, self._lease_ms, self._read_up_to):
-            self._verify_now.set()
-        self._seen_at = time.monotonic()
+        if not await shard.store.renew_frontend(self.frontend_id, self._lease_ms, shard.read_up_to):
+            shard.verify_now.set()
+        shard.seen_at = time.monotonic()
 
-    async def _keep_lease(self) -> None:
+    async def _keep_lease(self, shard: Shard) -> None:
         while True:
             await asyncio.sleep(self.settings.frontend_lease_s / 3)
             try:
-                await self._renew()
+                await self._renew(shard)
             except SplitwiseError as exc:
                 logger.warning("%s", exc)

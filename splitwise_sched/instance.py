@@ -21,6 +21,7 @@ from splitwise_sched.codec import decode_request
 from splitwise_sched.connection import BlockingReader, as_dict
 from splitwise_sched.errors import Fenced, IncompatibleInstance, InvalidRequest, SplitwiseError, StoreUnavailable
 from splitwise_sched.outputs import encode_output
+from splitwise_sched.placement import check_model, choose_shard, has_company, one_at_a_time, take_census
 from splitwise_sched.records import (
     Claim,
     DecodeAssigned,
@@ -64,7 +65,8 @@ class InstanceSession:
     ) -> None:
         check_id("instance", registration.name)
         self.instance_id = ""
-        self.store = Store(settings)
+        self.shard = settings.scheduler_shard or 0
+        self.store = Store(settings, self.shard)
         self._settings = settings
         self._registration = registration
         self._emit = on_event
@@ -86,6 +88,8 @@ class InstanceSession:
         self._supervisor: asyncio.Task[None] | None = None
         self._sweeping: asyncio.Task[None] | None = None
         self._lost: asyncio.Future[str] | None = None
+        self._has_moved = asyncio.Event()
+        self._wants_company = False
 
     # ---- life ----------------------------------------------------------------------------------------------------
 
@@ -99,14 +103,12 @@ class InstanceSession:
         try:
             await self.store.connect()
             self.alive()
-            await self._register()
+            await self._take_place()
         except SplitwiseError:
             await self.store.close()
             raise
         self._supervisor = asyncio.create_task(self._supervise())
-        # Front ends sweep more often; when the last of them dies, somebody has to end what it wanted.
-        sweeper = Sweeper(self.store, retain_ms=self._retain_ms, period_s=self._settings.frontend_lease_s / 2)
-        self._sweeping = asyncio.create_task(sweeper.run())
+        self._sweeping = asyncio.create_task(self._sweep())
 
     async def close(self) -> None:
         """Stop claiming, hand what is held back to the queue, give up the lease. Idempotent."""
@@ -122,6 +124,68 @@ class InstanceSession:
             except (StoreUnavailable, asyncio.TimeoutError) as exc:
                 logger.warning("%s could not take its leave; its lease will lapse: %s", self.instance_id, exc)
         await self.store.close()
+
+    async def _sweep(self) -> None:
+        """Front ends sweep more often; when the last of them dies, somebody has to end what it wanted."""
+        period_s = self._settings.frontend_lease_s / 2
+        while True:
+            store = self.store
+            sweeping = asyncio.ensure_future(Sweeper(store, retain_ms=self._retain_ms, period_s=period_s).run())
+            try:
+                await self._has_moved.wait()
+                self._has_moved.clear()
+            finally:
+                sweeping.cancel()
+                await asyncio.wait([sweeping])
+
+    async def _take_place(self, *, wants_company: bool = False) -> None:
+        """Register, in a shard that has need of this instance when it is free to choose."""
+        if not self._is_free_to_choose:
+            await self._register()
+            return
+        async with one_at_a_time(self._settings):
+            census = await take_census(self._settings)
+            check_model(self._registration, self._settings.scheduler_topic, census)
+            registration = self._registration
+            chosen = choose_shard(registration.name, registration.role, census, wants_company=wants_company)
+            if chosen is not None and chosen != self.shard:
+                await self._move(chosen)
+            await self._register()
+
+    @property
+    def _is_free_to_choose(self) -> bool:
+        return self._settings.scheduler_shards > 1 and self._settings.scheduler_shard is None
+
+    async def _move(self, shard: int) -> None:
+        store = Store(self._settings, shard)
+        try:
+            await store.connect()
+        except SplitwiseError:
+            await store.close()
+            raise
+        self.store, old = store, self.store
+        self.shard = shard
+        self._peers.clear()
+        self._has_moved.set()
+        await old.close()
+
+    async def _look_for_company(self) -> None:
+        """An instance that nobody can form a pair with goes where it is of use, when it holds nothing."""
+        patience_s = 2 + 2 * self._settings.instance_lease_s
+        loop = asyncio.get_running_loop()
+        alone_since = loop.time()
+        while True:
+            await asyncio.sleep(patience_s / 4)
+            with contextlib.suppress(StoreUnavailable):
+                if has_company(self._registration.role, await self.store.live_instances()):
+                    alone_since = loop.time()
+                elif loop.time() - alone_since > patience_s and not self._frontends and not self._is_draining:
+                    census = await take_census(self._settings)
+                    name, role = self._registration.name, self._registration.role
+                    if choose_shard(name, role, census, wants_company=True) not in (None, self.shard):
+                        self._wants_company = True
+                        self._lose(f"nobody in shard {self.shard} can form a pair with it")
+                        return
 
     async def _leave(self) -> None:
         await self.store.settle()
@@ -140,6 +204,8 @@ class InstanceSession:
         self._frontends.clear()
         self._dropped_early.clear()
         self._tasks = [asyncio.create_task(self._keep_lease()), asyncio.create_task(self._read_inbox())]
+        if self._is_free_to_choose:
+            self._tasks.append(asyncio.create_task(self._look_for_company()))
         if self._is_draining:
             await self.store.drain(instance_id)
         elif self._registration.role is not Role.DECODE:
@@ -158,7 +224,8 @@ class InstanceSession:
                 await self._leave()
             while True:
                 try:
-                    await self._register()
+                    await self._take_place(wants_company=self._wants_company)
+                    self._wants_company = False
                     break
                 except IncompatibleInstance as exc:
                     self._emit(LeaseLost(str(exc), None))

@@ -92,6 +92,11 @@ class Keys:
         return f"{self.prefix}waiting"
 
     @property
+    def placement(self) -> str:
+        """STRING that expires: held by the instance that is choosing its shard; on shard 0."""
+        return f"{self.prefix}placement"
+
+    @property
     def counters(self) -> str:
         """HASH: how many requests were submitted, bound, finished, lost ..."""
         return f"{self.prefix}counters"

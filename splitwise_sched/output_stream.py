@@ -23,6 +23,7 @@ class OutputStream(AsyncIterator[Output]):
     Attributes:
         nonce: of the submit, by which Redis knows a repetition of it.
         deadline: monotonic, s.
+        shard: index of the shard that it is in.
         attempts: times that it was put back.
         num_replicas: that had the request when it counted as submitted; None where nobody waited for that.
         gap_at: position at which tokens were missing when that was last looked at.
@@ -36,6 +37,7 @@ class OutputStream(AsyncIterator[Output]):
         self.deadline = deadline
         self.submitted_at = time.monotonic()
         self.assembly = Assembly(token_ids=request.emitted_token_ids)
+        self.shard = 0
         self.attempts = 0
         self.num_replicas: int | None = None
         self.doubts = 0

@@ -88,7 +88,7 @@ class Store(Connection):
         k = self.keys
         keys = (k.request(request_id), k.queue, k.deadlines, k.counters, k.incoming(nonce), k.body(request_id))
         args = (
-            request_id, frontend_id, nonce, self._settings.scheduler_max_size, timeout_ms, retain_ms, input_tokens,
+            request_id, frontend_id, nonce, self.max_size, timeout_ms, retain_ms, input_tokens,
             kv_tokens, model, *flow, *preference,
         )  # fmt: skip
         if self.waits_for_replicas:
@@ -168,6 +168,13 @@ class Store(Connection):
 
     async def counters(self) -> dict[str, str]:
         return as_dict(await self.call("HGETALL", self.keys.counters))
+
+    async def depth(self) -> int:
+        """Requests that wait for prefill or are in it, in the queue and in the waiting room."""
+        length, waiting = await asyncio.gather(
+            self.call("XLEN", self.keys.queue), self.call("HGET", self.keys.counters, "waiting")
+        )
+        return int(length) + int(waiting or 0)
 
     async def queue_depth(self) -> int:
         return int(await self.call("XLEN", self.keys.queue))

@@ -1,0 +1,130 @@
+"""A topic's shards as a front end has them: what it keeps of each, and which of them gets a request.
+
+A shard is a cell: its queue, its instances and the pairs that they form are its own. With one shard, none of the
+choosing here runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Iterator, Sequence
+
+from splitwise_sched.errors import SplitwiseError
+from splitwise_sched.records import InstanceRecord
+from splitwise_sched.settings import SchedulerSettings
+from splitwise_sched.store import Store
+from splitwise_sched.types import Role
+
+INSTANCES_CACHE_S = 0.5
+LOOK_PERIOD_S = 0.25
+
+
+class Shard:
+    """
+    Attributes:
+        index: its number in the topic.
+        read_up_to: the last entry that was read of this front end's stream there.
+        seen_at: monotonic, s: when Redis last answered.
+        depth: requests queued or in prefill, as of the last look, and those that this front end has added since.
+        unserved_since: monotonic, s: since when no pair could be formed there, as far as is known; None: one can.
+    """
+
+    def __init__(self, settings: SchedulerSettings, index: int) -> None:
+        self.index = index
+        self.store = Store(settings, index)
+        self.read_up_to = "0-0"
+        self.seen_at = 0.0
+        self.verify_now = asyncio.Event()
+        self.spill_now = asyncio.Event()
+        self.depth = 0
+        self.unserved_since: float | None = time.monotonic()
+        self._num_prefill = 0
+        self._instances: tuple[float, list[InstanceRecord]] = (float("-inf"), [])
+
+    async def instances(self) -> list[InstanceRecord]:
+        """Live instances, as of at most half a second ago."""
+        read_at, records = self._instances
+        if time.monotonic() - read_at > INSTANCES_CACHE_S:
+            records = await self.store.live_instances()
+            self._instances = (time.monotonic(), records)
+        return records
+
+    @property
+    def pressure(self) -> float:
+        """Requests that wait for each prefill instance."""
+        return self.depth / max(1, self._num_prefill)
+
+    async def look(self) -> None:
+        """How long its queue is, and who is there to serve it. A shard that does not answer has nobody."""
+        try:
+            depth, records = await asyncio.gather(self.store.depth(), self.instances())
+        except SplitwiseError:
+            self._serves(False)
+            return
+        self.depth = depth
+        self._num_prefill = sum(record.role is not Role.DECODE for record in records)
+        self._serves(self._num_prefill > 0 and any(record.role is not Role.PREFILL for record in records))
+
+    def _serves(self, can_pair: bool) -> None:
+        if can_pair:
+            self.unserved_since = None
+        elif self.unserved_since is None:
+            self.unserved_since = time.monotonic()
+
+
+class Shards:
+    """All of a topic; ``shards[index]``, and in order by iteration."""
+
+    def __init__(self, settings: SchedulerSettings) -> None:
+        self._shards = tuple(Shard(settings, index) for index in range(settings.scheduler_shards))
+        # Longer than an instance that lost its lease takes to come back, or a restarted one to take its place.
+        self._patience_s = 2 + 2 * settings.instance_lease_s
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, index: int) -> Shard:
+        return self._shards[index]
+
+    def __iter__(self) -> Iterator[Shard]:
+        return iter(self._shards)
+
+    async def look(self) -> None:
+        await asyncio.gather(*(shard.look() for shard in self._shards))
+
+    async def keep_looking(self) -> None:
+        """Until cancelled. Between two looks, each submit counts itself."""
+        while True:
+            await asyncio.sleep(LOOK_PERIOD_S)
+            await self.look()
+
+    async def choose(self, prefer: Sequence[str]) -> Shard:
+        """Where a new request goes: to the instance that it prefers, or else to where fewer wait.
+
+        Of two random shards the one with less pressure: many front ends that look at the same figures do not all run
+        to the same shard (Mitzenmacher, The Power of Two Choices, 2001).
+        """
+        if len(self._shards) == 1:
+            return self._shards[0]
+        serving = [shard for shard in self._shards if shard.unserved_since is None]
+        if prefer:
+            for wanted in prefer:
+                for shard in serving:
+                    if any(wanted in (r.name, r.instance_id) for r in await shard.instances()):
+                        return shard
+        if not serving:
+            # Whoever was there last may be back soon.
+            return max(self._shards, key=lambda shard: (shard.unserved_since or 0.0, -shard.index))
+        chosen = serving[0] if len(serving) == 1 else min(random.sample(serving, 2), key=lambda shard: shard.pressure)
+        chosen.depth += 1
+        return chosen
+
+    def refuge(self, shard: Shard) -> Shard | None:
+        """Where a request goes on whose shard has had nobody to serve it for some time; None: it stays."""
+        since = shard.unserved_since
+        if len(self._shards) == 1 or since is None or time.monotonic() - since < self._patience_s:
+            return None
+        serving = [other for other in self._shards if other.unserved_since is None]
+        return min(serving, key=lambda other: other.pressure, default=None)
