@@ -16,7 +16,7 @@ from kv_transfer.layout import KVLayout
 from kv_transfer.plan import IntArray, PairPlan, Part, Side
 from kv_transfer.pool import BlockPool
 from kv_transfer.tensors import Memory, place_tensors
-from kv_transfer.views import AnyArray, BlockView, ByteArray
+from kv_transfer.views import AnyArray, BlockView, ByteArray, Iovecs
 
 # Of the host's buffer, and of what the device packs at a time.
 STAGING_BYTES = 4 << 20
@@ -96,7 +96,7 @@ class StagedView(BlockView):
         self._most = max(1, STAGING_BYTES // largest)
         self._staging = device.staging(self._most * largest)
 
-    def buffers(self, ids: IntArray) -> list[memoryview]:
+    def iovecs(self, ids: IntArray) -> Iovecs:
         raise NotImplementedError("the host cannot address this pool")
 
     def gather(self, ids: IntArray, out: ByteArray | None = None) -> ByteArray:
