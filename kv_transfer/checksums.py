@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kv_transfer.errors import InvalidOptions
-from kv_transfer.plan import IntArray, PairPlan
+from kv_transfer.plan import IntArray, PairPlan, Part
 from kv_transfer.pool import BlockPool
-from kv_transfer.views import BlockView, HostView
+from kv_transfer.views import BlockView, HostView, has_long_runs
 
 # Names of hashes in options and on the wire; the empty one is for none.
 NONE, CRC32, XXH3 = "none", "crc32", "xxh3"
@@ -72,9 +72,8 @@ class LayerSums:
         digest = self._digest
         sums = np.zeros((len(ids), len(self._views)), np.uint64)
         for column, (view, parts) in enumerate(self._views):
-            sizes = [part.num_bytes for part in parts]
             found = [0] * len(ids)
-            for first, pieces in _pieces(view, sizes, ids):
+            for first, pieces in _pieces(view, parts, ids):
                 for index, piece in enumerate(pieces, first):
                     found[index] = digest(piece, found[index])
             sums[:, column] = found
@@ -93,16 +92,23 @@ class LayerSums:
         )
 
 
-def _pieces(view: BlockView, sizes: list[int], ids: IntArray) -> Iterator[tuple[int, list[memoryview]]]:
-    """Part by part: an index into ``ids``, and the bytes of the units from there on."""
-    if isinstance(view, HostView) and all(part.part.is_run for part in view.parts):
-        for part in view.parts:
-            yield 0, part.runs(ids)
+def _pieces(view: BlockView, parts: tuple[Part, ...], ids: IntArray) -> Iterator[tuple[int, list[memoryview]]]:
+    """What is hashed one after the other: an index into ``ids``, and a piece of each unit from there on.
+
+    How a unit is cut depends on the plan alone, so that both sides come to the same digests.
+    """
+    if view.is_direct and isinstance(view, HostView):
+        for part_view in view.parts:
+            for pieces in part_view.runs(ids):
+                yield 0, pieces
         return
-    most = max(1, _PIECE_BYTES // sum(sizes))
+    most = max(1, _PIECE_BYTES // sum(part.num_bytes for part in parts))
     for first in range(0, len(ids), most):
         count = len(ids[first : first + most])
         packed, start = view.gather(ids[first : first + most]).data, 0
-        for size in sizes:
-            yield first, [packed[start + i * size : start + (i + 1) * size] for i in range(count)]
-            start += count * size
+        for part in parts:
+            size = part.shape[-1] if has_long_runs(parts) else part.num_bytes
+            for at in range(0, part.num_bytes, size):
+                places = range(start + at, start + at + count * part.num_bytes, part.num_bytes)
+                yield first, [packed[place : place + size] for place in places]
+            start += count * part.num_bytes

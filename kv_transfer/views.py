@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,10 @@ Iovecs = npt.NDArray[np.uint64]
 DIRECT_RUN_BYTES = 2048
 # Units of which a part has this many bytes are copied one by one: cheaper than a temporary array of them all.
 _SINGLE_BYTES = 8 << 10
+
+
+def has_long_runs(parts: Sequence[Part]) -> bool:
+    return all(part.shape[-1] >= DIRECT_RUN_BYTES for part in parts)
 
 
 class BlockView(ABC):
@@ -58,7 +62,7 @@ class HostView(BlockView):
             side: "src" or "dst": which one of the plan the pool is.
             regions: as in its placement; those of a source may be read-only.
         """
-        super().__init__(plan, is_direct=all(part.shape[-1] >= DIRECT_RUN_BYTES for part in plan.parts))
+        super().__init__(plan, is_direct=has_long_runs(plan.parts))
         units = plan.src_units if side == "src" else plan.dst_units
         self.parts = [
             PartView(part, part.src if side == "src" else part.dst, num_blocks, units, regions) for part in plan.parts
@@ -155,10 +159,7 @@ class PartView:
 
     def iovecs(self, ids: IntArray) -> Iovecs:
         """Contiguous stretches, those that touch as one; in the order of units, then of the part's dimensions."""
-        starts = self._starts(ids)
-        for count, stride in zip(self.part.shape[:-1], self._side.strides, strict=True):
-            starts = np.add.outer(starts, np.arange(count, dtype=np.int64) * stride)
-        starts, run = starts.reshape(-1), self.part.shape[-1]
+        starts, run = self._run_starts(ids).reshape(-1), self.part.shape[-1]
         if not len(starts):
             return np.empty((0, 2), np.uint64)
         firsts = np.flatnonzero(np.diff(starts, prepend=-1 - run) != run)
@@ -168,10 +169,19 @@ class PartView:
         found[:, 1] = ends - starts[firsts]
         return found
 
-    def runs(self, ids: IntArray) -> list[memoryview]:
-        """One stretch a unit, of a part that is a run."""
-        run, data = self.part.num_bytes, self._bytes
-        return [data[start : start + run] for start in self._starts(ids).tolist()]
+    def runs(self, ids: IntArray) -> Iterator[list[memoryview]]:
+        """Run by run, in the order of the part's dimensions: the stretch that each unit has of it."""
+        starts = self._run_starts(ids).reshape(len(ids), -1)
+        run, data = self.part.shape[-1], self._bytes
+        for column in range(starts.shape[1]):
+            yield [data[start : start + run] for start in starts[:, column].tolist()]
+
+    def _run_starts(self, ids: IntArray) -> IntArray:
+        """Where each run of each unit begins; [num_units, ...]."""
+        starts = self._starts(ids)
+        for count, stride in zip(self.part.shape[:-1], self._side.strides, strict=True):
+            starts = np.add.outer(starts, np.arange(count, dtype=np.int64) * stride)
+        return starts
 
     def _starts(self, ids: IntArray) -> IntArray:
         """Where the part begins in each unit."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kv_transfer import checksums
+from kv_transfer import checksums, views
 from kv_transfer.checksums import LayerSums, Mismatch, load_digest
 from kv_transfer.errors import InvalidOptions
 from kv_transfer.layout import KVLayout
@@ -26,21 +26,28 @@ from tests.kv_layouts import Pair, pairs
 class Bytes(BlockPool):
     """A pool of plain arrays."""
 
-    def __init__(self, layout: KVLayout, seed: int) -> None:
+    def __init__(self, layout: KVLayout, seed: int, packed_at: str | None) -> None:
         super().__init__(layout)
+        self.packed_at = packed_at
         self.memory = kv_oracle.memory_of(layout, np.random.default_rng(seed))
 
     def view(self, plan: PairPlan, side: str) -> BlockView:
-        return HostView(plan, side, self.layout.num_blocks, self.memory)
+        found = HostView(plan, side, self.layout.num_blocks, self.memory)
+        if side == self.packed_at:
+            found.is_direct = False
+        return found
 
 
+@pytest.mark.parametrize("run_bytes", [1, 1 << 20], ids=["run by run", "packed"])
 @pytest.mark.parametrize("piece_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("packed_at", [None, "src"], ids=["both alike", "a device at the source"])
 def test_a_flipped_byte_is_found_in_its_layer_and_block_and_nothing_else_is(
-    piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+    piece_bytes: int, run_bytes: int, packed_at: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checksums, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(views, "DIRECT_RUN_BYTES", run_bytes)
 
-    @settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+    @settings(deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))
     @given(pairs(), st.integers(0, 2**32 - 1))
     def check(pair: Pair, seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -49,7 +56,7 @@ def test_a_flipped_byte_is_found_in_its_layer_and_block_and_nothing_else_is(
         plan = plan_pair(src, dst)
         if plan.is_empty:
             return
-        source, destination = Bytes(src, seed), Bytes(dst, seed + 1)
+        source, destination = Bytes(src, seed, packed_at), Bytes(dst, seed + 1, packed_at)
         src_ids = units_of(np.array(pair.src_ids), plan.src_units)
         dst_ids = units_of(rng.permutation(dst.num_blocks), plan.dst_units)
         count = min(len(src_ids), len(dst_ids))
