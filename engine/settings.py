@@ -50,9 +50,9 @@ class EngineSettings(ExplicitSettings):
     """The engine and its model. What an engine has no use for is refused by it, or says so."""
 
     engine: str = Field(
-        "transformers", description="Inference engine that runs the model: transformers, or another that is installed."
+        "transformers", description="Inference engine that runs the model: transformers, llama_cpp, or a plugin's."
     )
-    model: str = Field(min_length=1, description="Model directory, or Hugging Face hub id.")
+    model: str = Field(min_length=1, description="Model directory or Hugging Face hub id; for llama_cpp a GGUF file.")
     served_model_name: str | None = Field(None, description="Name that requests ask for. Left out: --model as given.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of weights and KV; auto is the model's own."

@@ -94,7 +94,7 @@ class EngineConformance:
                 "block_size": BLOCK_SIZE,
                 "num_gpu_blocks_override": NUM_BLOCKS,
                 "max_num_batched_tokens": 32,
-                "max_num_seqs": 8,
+                "max_num_seqs": 12,
                 "num_threads": 1,
                 **self.extra_settings,
                 **settings,
