@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.events import Received, Sent, TransferEvent, TransferFailed, TransferStats
@@ -28,7 +28,9 @@ class RankGroup:
     def __init__(
         self, pools: Sequence[KVPool], options: TransferOptions, *, name: str, on_event: Callable[[], None]
     ) -> None:
-        self._messengers = [Messenger(pool, options, name=name, on_event=on_event) for pool in pools]
+        self._messengers = [
+            Messenger(pool, _of_rank(options, rank), name=name, on_event=on_event) for rank, pool in enumerate(pools)
+        ]
         self._parts: dict[str, _Parts] = {}
 
     def start(self) -> None:
@@ -124,3 +126,9 @@ class RankGroup:
         if isinstance(event, Sent):
             return Sent(event.transfer_id, stats)
         return Received(event.transfer_id, parts.aux, stats)
+
+
+def _of_rank(options: TransferOptions, rank: int) -> TransferOptions:
+    """Ports that were named are the first rank's; each one after it takes the next."""
+    control_port, data_port = (port + rank if port else 0 for port in (options.control_port, options.data_port))
+    return replace(options, control_port=control_port, data_port=data_port)

@@ -8,8 +8,11 @@ from typing import Literal
 from pydantic import Field, SecretStr, field_validator
 
 from kv_transfer.errors import KVTransferError
-from kv_transfer.options import TransferOptions, parse_protocols
+from kv_transfer.interfaces import interface_address
+from kv_transfer.options import RdmaOptions, TransferOptions, parse_protocols, preferred_lanes
+from kv_transfer.topology import parse_nics
 from splitwise_sched.errors import ConfigError
+from splitwise_sched.setting_fields import also_known_as
 from splitwise_sched.settings import ExplicitSettings
 from splitwise_sched.types import Role, check_id
 
@@ -78,9 +81,14 @@ class TransferSettings(ExplicitSettings):
     """How KV blocks move between this instance and its peers."""
 
     cache_transfer_protocol: str = Field(
-        "ipc,tcp", description="Transports in order of preference; ipc is shared memory on one host, tcp goes across."
+        "ipc,tcp",
+        description="Transports in order of preference; ipc is shared memory on one host, tcp goes across. rdma beside "
+        "others means: ipc on one host, else rdma, else, with a warning, tcp; rdma alone: nothing else.",
     )
-    pd_comm_host: str = Field("127.0.0.1", description="Interface that peers' messengers connect to.")
+    pd_comm_host: str | None = Field(
+        None,
+        description="Interface that peers' messengers connect to. Left out: that of --socket-ifname, or 127.0.0.1.",
+    )
     pd_comm_advertise_host: str | None = Field(
         None, description="Address that peers are told to connect to. Left out: --pd-comm-host."
     )
@@ -95,12 +103,64 @@ class TransferSettings(ExplicitSettings):
     )
     kv_silence_s: float = Field(3.0, ge=0.1, le=600, description="A peer that is silent for so long is gone.")
 
-    def options(self) -> TransferOptions:
-        """Raises ConfigError, naming the option."""
+    rdma_comm_ports: tuple[int, ...] = Field(
+        (),
+        description="Ports that RDMA peers connect to, one a rank (data x tensor parallel). Left out: free ones.",
+    )
+    rdma_nics: str | None = Field(
+        None,
+        description="RDMA devices: rank i takes the one at i modulo their number; or JSON by GPU, or a file with it. "
+        "Left out: the nearest active ones (see rdma-nics).",
+        json_schema_extra=also_known_as("KVCACHE_RDMA_NICS"),
+    )
+    disaggregation_ib_device: str | None = Field(None, description="The same, as SGLang calls it.")
+    rdma_gid_index: int | None = Field(
+        None,
+        ge=0,
+        le=1023,
+        description="Which of a port's GIDs is used. Left out: a RoCE v2 one, IPv4 if there is.",
+        json_schema_extra=also_known_as("KVCACHE_RDMA_GID_INDEX"),
+    )
+    ib_timeout: int = Field(
+        18,
+        ge=1,
+        le=31,
+        description="A NIC waits 4.096 us x 2^this for an answer, eight times, before it gives a connection up.",
+        json_schema_extra=also_known_as("KVCACHE_IB_TIMEOUT"),
+    )
+    relax_ordering: bool = Field(
+        False,
+        description="Let the NIC write to memory out of order, which some hosts are faster with.",
+        json_schema_extra=also_known_as("KVCACHE_RELAX_ORDERING"),
+    )
+    socket_ifname: str | None = Field(
+        None,
+        description="Network interface whose address stands for --pd-comm-host, and whose GIDs are preferred.",
+        json_schema_extra=also_known_as("KVCACHE_SOCKET_IFNAME"),
+    )
+    rdma_queue_pairs: int = Field(2, ge=1, le=64, description="RDMA queue pairs to one peer.")
+
+    def options(self, num_ranks: int = 1) -> TransferOptions:
+        """
+        Args:
+            num_ranks: of this instance.
+        Raises:
+            ConfigError: names the option.
+        """
+        if self.rdma_comm_ports and len(self.rdma_comm_ports) != num_ranks:
+            raise ConfigError(
+                f"--rdma-comm-ports names {len(self.rdma_comm_ports)} ports: give {num_ranks}, one for each rank of "
+                "this instance (data parallel x tensor parallel), or leave it out for free ones"
+            )
+        if self.rdma_nics and self.disaggregation_ib_device:
+            raise ConfigError("--rdma-nics and --disaggregation-ib-device mean the same: give one of them")
         try:
+            protocols, optional = preferred_lanes(parse_protocols(self.cache_transfer_protocol))
             return TransferOptions(
-                protocols=parse_protocols(self.cache_transfer_protocol),
-                bind_host=self.pd_comm_host,
+                protocols=protocols,
+                optional=optional,
+                rdma=self._rdma_options(num_ranks),
+                bind_host=self._bind_host,
                 advertise_host=self.pd_comm_advertise_host,
                 control_port=self.pd_comm_port,
                 secret=None if self.kv_secret is None else self.kv_secret.get_secret_value(),
@@ -110,3 +170,25 @@ class TransferSettings(ExplicitSettings):
             )
         except KVTransferError as exc:
             raise ConfigError(str(exc)) from exc
+
+    @property
+    def _bind_host(self) -> str:
+        if self.pd_comm_host is not None:
+            return self.pd_comm_host
+        return "127.0.0.1" if self.socket_ifname is None else interface_address(self.socket_ifname)
+
+    def _rdma_options(self, num_ranks: int) -> RdmaOptions:
+        """Devices are put in rank order here: a list of names repeats, JSON says it for each."""
+        names = parse_nics(self.rdma_nics or self.disaggregation_ib_device or "")
+        by_rank = [names.for_rank(rank) for rank in range(num_ranks)]
+        if any(by_rank) and not all(by_rank):
+            raise ConfigError(f"--rdma-nics names no device for GPU {by_rank.index(None)}: name one for each, or none")
+        return RdmaOptions(
+            nics=tuple(name for name in by_rank if name),
+            ports=self.rdma_comm_ports,
+            gid_index=self.rdma_gid_index,
+            netdev=self.socket_ifname,
+            timeout_exponent=self.ib_timeout,
+            relaxed_ordering=self.relax_ordering,
+            queue_pairs=self.rdma_queue_pairs,
+        )

@@ -12,6 +12,7 @@ from kv_transfer.errors import (
     MessengerClosed,
     PoolNotServed,
     PoolUnavailable,
+    RdmaUnavailable,
     TransportFailed,
     UnknownTransport,
 )
@@ -20,7 +21,7 @@ from kv_transfer.host_pool import TensorPool
 from kv_transfer.layout import KVLayout, check_compatible
 from kv_transfer.memory import KVPool
 from kv_transfer.messenger import Messenger
-from kv_transfer.options import TransferOptions, parse_protocols
+from kv_transfer.options import RdmaOptions, TransferOptions, parse_protocols
 from kv_transfer.placement import Base, Placement
 from kv_transfer.pool import BlockPool
 from kv_transfer.staging import DevicePool
@@ -46,6 +47,8 @@ __all__ = [
     "PoolNotServed",
     "PoolUnavailable",
     "RankEndpoint",
+    "RdmaOptions",
+    "RdmaUnavailable",
     "Received",
     "Sent",
     "TensorPool",

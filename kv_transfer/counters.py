@@ -11,9 +11,10 @@ class Counters:
 
     Names: ``sent_total received_total send_failed_total receive_failed_total`` (transfers),
     ``bytes_sent_<lane> bytes_received_<lane>`` (of transfers that ended well), ``downgrades_total`` (a peer is reached
-    by a lower lane than the first one that should reach it), ``not_served_total`` (transports that cannot serve this
-    kind of pool), ``checksum_mismatch_total`` (chunks that did not arrive as they were hashed), ``garbage_total``
-    (messages that nobody should send), ``refused_total`` (peers that were turned away), ``peers_lost_total``.
+    by a lower lane than the first one that should reach it), ``lanes_missing_total`` (named, and not to be had on this
+    host), ``not_served_total`` (transports that cannot serve this kind of pool), ``checksum_mismatch_total`` (chunks
+    that did not arrive as they were hashed), ``garbage_total`` (messages that nobody should send), ``refused_total``
+    (peers that were turned away), ``peers_lost_total``.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,7 @@ class Counters:
                     "downgrades_total",
                     "not_served_total",
                     "checksum_mismatch_total",
+                    "lanes_missing_total",
                     "garbage_total",
                     "refused_total",
                     "peers_lost_total",

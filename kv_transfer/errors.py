@@ -118,3 +118,7 @@ class NicUnavailable(KVTransferError):
 
 class PoolNotServed(TransportFailed):
     """A transport cannot serve blocks out of this kind of pool; peers fetch by another one that both have."""
+
+
+class RdmaUnavailable(TransportFailed):
+    """RDMA cannot be used on this host; the text is one paragraph that names the remedy."""

@@ -19,8 +19,8 @@ from kv_transfer.views import BlockView, ByteArray, HostView
 class TensorPool(BlockPool):
     """KV blocks in tensors that an engine has allocated, in any strides that a placement can say.
 
-    The memory is private to this process: peers fetch from it by ``tcp``, on the same host too. For ``shm`` the engine
-    must compute in a ``KVPool``, in views of its ``regions``. Into it, blocks can be fetched by either.
+    The memory is private to this process: peers fetch from it by ``rdma`` or ``tcp``, on the same host too. For
+    ``shm`` the engine must compute in a ``KVPool``, in views of its ``regions``. Into it, blocks can be fetched by all.
 
     Keeps the tensors alive.
     """
@@ -37,6 +37,10 @@ class TensorPool(BlockPool):
         super().__init__(placed)
         self._tensors = tuple(tensors)
         self.regions = tuple(_bytes_at(region) for region in memory)
+
+    @property
+    def host_regions(self) -> tuple[ByteArray, ...]:
+        return self.regions
 
     def view(self, plan: PairPlan, side: str) -> BlockView:
         return HostView(plan, side, self.layout.num_blocks, self.regions)

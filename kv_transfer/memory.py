@@ -95,6 +95,10 @@ class KVPool(BlockPool):
         )
 
     @property
+    def host_regions(self) -> tuple[ByteArray, ...]:
+        return self.regions
+
+    @property
     def buffer(self) -> memoryview:
         """All bytes of a pool that has one region, writable; [pool_bytes]."""
         (region,) = self.regions

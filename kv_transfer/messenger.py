@@ -16,7 +16,7 @@ from kv_transfer.control import ControlChannel, Incoming, Source
 from kv_transfer.counters import Counters
 from kv_transfer.destination import DestinationSide
 from kv_transfer.endpoint import Offer, RankEndpoint
-from kv_transfer.errors import InvalidOptions, InvalidTransfer, MessengerClosed, PoolNotServed
+from kv_transfer.errors import InvalidOptions, InvalidTransfer, MessengerClosed, PoolNotServed, TransportFailed
 from kv_transfer.events import TransferEvent, TransferFailed
 from kv_transfer.identity import ProcessIdentity
 from kv_transfer.layout import MAX_NAME_CHARS
@@ -170,6 +170,8 @@ class Messenger:
         except PoolNotServed as exc:
             self._counters.add("not_served_total")
             log.warning("peers cannot fetch KV from %s by %s: %s", self.name, transport.name, exc)
+        except TransportFailed as exc:
+            self._do_without(transport, exc)
 
     def close(self) -> None:
         """Abort what is open (its TransferFailed can still be polled), and let go of everything. Idempotent.
@@ -420,6 +422,18 @@ class Messenger:
         for transfer_id in unfinished:
             self._report(TransferFailed(transfer_id, "the messenger was closed", ""))
         self._tell_news()
+
+    def _do_without(self, transport: Transport, exc: TransportFailed) -> None:
+        """This host does not have a lane; raises where it must."""
+        if transport.name not in self._options.optional:
+            raise exc
+        self._transports.remove(transport)
+        transport.close()
+        self._counters.add("lanes_missing_total")
+        log.error("KV transfer goes on without %s, over %s: %s", transport.name, self._others(transport), exc)
+
+    def _others(self, transport: Transport) -> str:
+        return ", ".join(cls.name for cls in self._transport_classes if cls.name != transport.name) or "nothing"
 
     def _close_transports(self) -> None:
         for transport in self._transports:

@@ -13,6 +13,50 @@ PROTOCOL_PATTERN = re.compile(r"[a-z0-9_]{1,32}")
 
 
 @dataclass(frozen=True, slots=True)
+class RdmaOptions:
+    """Settings of the RDMA transport. Checked on construction (InvalidOptions names the option).
+
+    Attributes:
+        nics: RDMA devices; a rank takes the one at its number modulo theirs. Empty: the fastest that are active.
+        ports: where peers connect queue pairs, one a rank, 0 for a free one. Empty: free ones.
+        gid_index: of the port's addresses; None takes a RoCE v2 one, IPv4 if there is.
+        netdev: network interface whose addresses are preferred.
+        timeout_exponent: the device waits 4.096 µs times two to the power of this for an answer, eight times.
+        relaxed_ordering: let the NIC write to memory out of order; faster on some hosts.
+        queue_pairs: to one peer.
+        queue_depth: reads posted on one queue pair, at most.
+        max_pieces: local stretches that one read is scattered over, at most.
+        max_read_bytes: of one read.
+    """
+
+    nics: tuple[str, ...] = ()
+    ports: tuple[int, ...] = ()
+    gid_index: int | None = None
+    netdev: str | None = None
+    timeout_exponent: int = 18
+    relaxed_ordering: bool = False
+    queue_pairs: int = 2
+    queue_depth: int = 256
+    max_pieces: int = 16
+    max_read_bytes: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        limits: tuple[tuple[str, int | None, int, int], ...] = (
+            *(("ports", port, 0, 65535) for port in self.ports),
+            ("gid_index", self.gid_index, 0, 1023),
+            # 0 would wait without end.
+            ("timeout_exponent", self.timeout_exponent, 1, 31),
+            ("queue_pairs", self.queue_pairs, 1, 64),
+            ("queue_depth", self.queue_depth, 1, 32768),
+            ("max_pieces", self.max_pieces, 1, 256),
+            ("max_read_bytes", self.max_read_bytes, 4096, 1 << 30),
+        )
+        for option, value, low, high in limits:
+            if value is not None and not low <= value <= high:
+                raise InvalidOptions(f"rdma.{option}", f"is {value!r}: it must be from {low} to {high}")
+
+
+@dataclass(frozen=True, slots=True)
 class TransferOptions:
     """Settings of one rank's messenger. Checked on construction (InvalidOptions names the option).
 
@@ -33,6 +77,8 @@ class TransferOptions:
         tcp_streams: data connections to one peer.
         checksum: what a destination has every block checked by, layer by layer: ``none``, ``crc32``, or ``xxh3``,
             which needs the extra ``checksum``. Sources hash what a destination asks for.
+        rdma: of the transport of that name.
+        optional: those of ``protocols`` that this host may turn out not to have; then the others do, loudly.
     """
 
     protocols: tuple[str, ...] = ("ipc", "tcp")
@@ -49,6 +95,8 @@ class TransferOptions:
     window_chunks: int = 4
     tcp_streams: int = 1
     checksum: str = NONE
+    rdma: RdmaOptions = field(default_factory=RdmaOptions)
+    optional: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.protocols:
@@ -91,6 +139,22 @@ class TransferOptions:
     @property
     def public_host(self) -> str:
         return self.advertise_host or self.bind_host
+
+
+# Reach one host only, and are better there than what reaches all.
+_LOCAL_PROTOCOLS = ("ipc", "shm", "cuda_ipc")
+
+
+def preferred_lanes(protocols: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a user means who names rdma beside others: ipc on one host, else rdma, else tcp; and which of it may fail.
+
+    ``rdma`` alone, and lists without it, mean what they say. → (protocols, optional)
+    """
+    if "rdma" not in protocols or len(protocols) == 1:
+        return protocols, ()
+    local = tuple(name for name in protocols if name in _LOCAL_PROTOCOLS)
+    others = tuple(name for name in protocols if name not in (*_LOCAL_PROTOCOLS, "tcp"))
+    return (*local, *others, "tcp"), ("rdma",)
 
 
 def parse_protocols(text: str) -> tuple[str, ...]:

@@ -77,7 +77,8 @@ class Peer:
         self._candidates = [t for t in transports if self._can_reach(t)]
         if not self._candidates:
             raise TransportFailed(self._no_lane())
-        self._first_choice = self._candidates[0].name
+        # A lane within one host that does not reach another is no news; any other that is passed over is.
+        self._first_choice = next(t.name for t in transports if t.crosses_hosts or t in self._candidates)
         self._data_token = b""
         self._hello = greet(own, endpoint)
         self.key = control.connect(endpoint.host, endpoint.control_port)

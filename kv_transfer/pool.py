@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from kv_transfer.layout import KVLayout
 from kv_transfer.plan import PairPlan
-from kv_transfer.views import BlockView
+from kv_transfer.views import BlockView, ByteArray
 
 
 class BlockPool(ABC):
@@ -19,6 +19,11 @@ class BlockPool(ABC):
     def shared_file(self) -> tuple[int, bytes] | None:
         """Descriptor and nonce of the file that peers on this host may map; None where there is none."""
         return None
+
+    @property
+    def host_regions(self) -> tuple[ByteArray, ...]:
+        """Each region's bytes, where this process can address them; empty for a pool that is elsewhere."""
+        return ()
 
     @abstractmethod
     def view(self, plan: PairPlan, side: str) -> BlockView:

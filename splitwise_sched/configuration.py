@@ -77,8 +77,10 @@ def load(
     for path in files:
         given.update(_from_file(path, fields.values(), program))
     for field in fields.values():
-        if field.variable in environ:
-            given[field.name] = Given(environ[field.variable], f"environment variable {field.variable}")
+        for variable in (field.variable, *field.other_variables):
+            if variable in environ:
+                given[field.name] = Given(environ[variable], f"environment variable {variable}")
+                break
     for name, value in flags.items():
         if value is not None:
             given[name] = Given(value, fields[name].flag)
@@ -134,7 +136,7 @@ def _without_comment(line: str) -> str:
 
 
 def _from_file(path: Path, fields: Iterable[SettingField], program: str) -> dict[str, Given]:
-    by_variable = {known.variable: known for known in fields}
+    by_variable = {variable: known for known in fields for variable in (known.variable, *known.other_variables)}
     given: dict[str, Given] = {}
     for entry in read_env_file(path):
         field = by_variable.get(entry.key)

@@ -29,6 +29,7 @@ class SettingField:
     Attributes:
         flag: such as "--scheduler-host".
         variable: its name in the environment and in files, such as "SPLITWISE_SCHEDULER_HOST".
+        other_variables: names that it also goes by, as other programs' users know it.
         kind: type of the value, or of each value of a sequence; None left out of a union.
         choices: the only values allowed, as text; empty when there are others.
         metavar: stands for the value in help.
@@ -49,6 +50,7 @@ class SettingField:
     is_optional: bool
     is_sequence: bool
     is_secret: bool
+    other_variables: tuple[str, ...] = ()
 
     @property
     def is_bool(self) -> bool:
@@ -101,7 +103,18 @@ def _describe(name: str, info: FieldInfo) -> SettingField:
         is_optional=is_optional,
         is_sequence=is_sequence,
         is_secret=is_secret,
+        other_variables=_other_variables(info),
     )
+
+
+def also_known_as(*variables: str) -> dict[str, Any]:
+    """For a field's ``json_schema_extra``: variables of other programs that set it too."""
+    return {"variables": list(variables)}
+
+
+def _other_variables(info: FieldInfo) -> tuple[str, ...]:
+    extra = info.json_schema_extra
+    return tuple(str(name) for name in extra.get("variables", ())) if isinstance(extra, dict) else ()  # type: ignore[union-attr]
 
 
 def _without_none(annotation: Any) -> tuple[Any, bool]:

@@ -48,11 +48,12 @@ def _serve(
     from engine.instance_http import InstanceHttp
     from engine.plugins import load_engine
     from engine.runner import Runner, RunnerOptions
-    from kv_transfer.transports.registry import load_transports
+    from kv_transfer.transports.registry import preflight
     from splitwise_sched.connection import check
 
     role = instance.splitwise_role
-    plugin, transfer = load_engine(engine_settings.engine), transfer_settings.options()
+    plugin = load_engine(engine_settings.engine)
+    transfer = transfer_settings.options(engine_settings.tensor_parallel_size)
     status: dict[str, Any] = {}
 
     def change_role(role: Role) -> None:
@@ -69,7 +70,7 @@ def _serve(
     scheduler = stack.enter_context(scheduler_server(scheduler))
     # What can be wrong is found before the model is loaded, which may take minutes.
     asyncio.run(check(scheduler))
-    load_transports(transfer.protocols)
+    preflight(transfer)
     click.echo(f"loading {engine_settings.model} ...", err=True)
     driver = stack.enter_context(closing(plugin.create(engine_settings, role)))
     details = {

@@ -104,9 +104,11 @@ class Transport(ABC):
 
     Attributes:
         name: as in TransferOptions.protocols and in the entry point.
+        crosses_hosts: whether it is expected to reach peers on other hosts.
     """
 
     name: ClassVar[str]
+    crosses_hosts: ClassVar[bool] = True
 
     def __init__(self, pool: BlockPool, options: TransferOptions, leases: LeaseTable, post: Post) -> None:
         """Takes hold of nothing yet.
@@ -122,6 +124,14 @@ class Transport(ABC):
 
     def attach(self, reactor: Reactor) -> None:
         """Get to know the messenger's own loop, for transports that have sockets. Called once, before ``offer``."""
+
+    @classmethod
+    def preflight(cls, options: TransferOptions) -> None:
+        """Whether this host can have it at all, as far as can be told before there is a pool. Leaves nothing behind.
+
+        Raises:
+            TransportFailed: it cannot; says what to do.
+        """
 
     @abstractmethod
     def offer(self) -> Offer:

@@ -6,14 +6,12 @@ from importlib import metadata
 from typing import cast
 
 from kv_transfer.errors import UnknownTransport
+from kv_transfer.options import TransferOptions
 from kv_transfer.transports.base import Transport
 
 GROUP = "kv_transfer.transports"
 # What a user's word stands for, where it is not a transport itself.
 ALIASES = {"ipc": "shm"}
-_REMEDIES = {
-    "rdma": "RDMA needs a transport that is registered under kv_transfer.transports; use tcp between hosts without it",
-}
 
 
 def installed_transports() -> list[str]:
@@ -38,7 +36,19 @@ def load_transport(name: str) -> type[Transport]:
                 name, installed_transports(), f"It is registered but cannot be imported: {exc}"
             ) from exc
         return cast("type[Transport]", found)
-    raise UnknownTransport(name, installed_transports(), _REMEDIES.get(name, ""))
+    raise UnknownTransport(name, installed_transports())
+
+
+def preflight(options: TransferOptions) -> None:
+    """Find out what is missing before anything is done that takes long.
+
+    Raises:
+        UnknownTransport: a protocol is not to be had.
+        TransportFailed: this host lacks what one needs that is not optional.
+    """
+    for cls in load_transports(options.protocols):
+        if cls.name not in options.optional:
+            cls.preflight(options)
 
 
 def load_transports(protocols: tuple[str, ...]) -> list[type[Transport]]:

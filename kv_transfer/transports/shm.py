@@ -41,6 +41,7 @@ _POPULATE_BYTES = 4 << 20
 
 class ShmTransport(Transport):
     name = "shm"
+    crosses_hosts = False
 
     def __init__(self, pool: BlockPool, options: TransferOptions, leases: LeaseTable, post: Post) -> None:
         super().__init__(pool, options, leases, post)

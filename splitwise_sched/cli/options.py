@@ -110,7 +110,7 @@ def title_of(settings_class: type[BaseModel]) -> str:
 
 
 def _help(field: SettingField) -> str:
-    facts = [f"env: {field.variable}"]
+    facts = [f"env: {', '.join((field.variable, *field.other_variables))}"]
     if field.is_required:
         facts.append("required")
     elif field.default is not None:

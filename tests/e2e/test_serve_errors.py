@@ -58,7 +58,7 @@ def test_transport_that_is_not_there(model, redis_server):
         "--model", model, "--cache-transfer-protocol", "warp",
         "--scheduler-host", redis_server.host, "--scheduler-port", redis_server.port,
     )  # fmt: skip
-    assert code != 0 and "'warp' is not installed; installed are: shm, tcp" in said and "loading" not in said
+    assert code != 0 and "'warp' is not installed; installed are: rdma, shm, tcp" in said and "loading" not in said
 
 
 async def test_instance_with_another_kv_layout_is_refused_and_the_others_go_on(model):

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from kv_transfer import (
     KVPool,
     Messenger,
     RankEndpoint,
+    RdmaOptions,
     Received,
     Sent,
     TransferEvent,
@@ -51,6 +52,16 @@ def differing(layout: KVLayout, got: np.ndarray, wanted: np.ndarray) -> list[tup
     return [(int(layer), int(block)) for block, layer in zip(*np.nonzero(by_layer), strict=True)]
 
 
+def on_its_nic(options: TransferOptions, name: str, tp_rank: int) -> TransferOptions:
+    """Where there are several RDMA devices, prefill ranks are on those of even number, the others on the odd ones."""
+    count = int(os.environ.get("RDMA_VM_NICS", "0"))
+    if "rdma" not in options.protocols or options.rdma.nics or count < 2:
+        return options
+    first = 0 if "prefill" in name else 1
+    nics = tuple(f"rxe{i}" for i in range(first, count, 2))
+    return replace(options, rdma=replace(options.rdma, nics=nics))
+
+
 class LocalRank:
     """A rank in this process; closes what it owns."""
 
@@ -71,7 +82,8 @@ class LocalRank:
             self.fill(seed)
         self._news = threading.Event()
         self._ended: dict[str, TransferEvent] = {}
-        self.messenger = Messenger(self.pool, options, name=name, on_event=self._news.set)
+        placed = on_its_nic(options, name, layout.tp_rank)
+        self.messenger = Messenger(self.pool, placed, name=name, on_event=self._news.set)
         self.messenger.start()
         self.endpoint = self.messenger.endpoint
 
@@ -248,7 +260,10 @@ def _serve() -> None:
     first = read()
     if first is None:
         return
-    options = TransferOptions(**{**first["options"], "protocols": tuple(first["options"]["protocols"])})
+    given = first["options"]
+    lists = {name: tuple(given[name]) for name in ("protocols", "optional")}
+    rdma = RdmaOptions(**{**given["rdma"], **{name: tuple(given["rdma"][name]) for name in ("nics", "ports")}})
+    options = TransferOptions(**{**given, **lists, "rdma": rdma})
     rank = LocalRank(KVLayout.from_dict(first["layout"]), options, first["name"], first["seed"])
     answer(endpoint=rank.endpoint.to_dict(), fd=rank.pool.fd)
     while (command := read()) is not None:

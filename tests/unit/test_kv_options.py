@@ -52,12 +52,9 @@ def test_ipc_stands_for_shared_memory_and_a_transport_is_loaded_once() -> None:
     assert load_transports(("ipc", "shm", "tcp")) == [ShmTransport, TcpTransport]
 
 
-@pytest.mark.parametrize("name", ["rdma", "carrier_pigeon"])
-def test_what_is_not_installed_is_named_with_what_is(name: str) -> None:
-    if name in installed_transports():
-        pytest.skip(f"{name} is installed")
-    with pytest.raises(UnknownTransport, match=f"'{name}' is not installed; installed are: .*shm, tcp"):
-        load_transport(name)
+def test_what_is_not_installed_is_named_with_what_is() -> None:
+    with pytest.raises(UnknownTransport, match=r"'carrier_pigeon' is not installed; installed are: .*shm, tcp"):
+        load_transport("carrier_pigeon")
 
 
 def test_every_registered_transport_bears_the_name_it_is_registered_under() -> None:
