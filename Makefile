@@ -3,6 +3,7 @@
 #   make demo    serve real prompts, disaggregated, and compare every token (DEMO_ARGS="--transport tcp ...")
 #   make test    all tests (PYTEST_ARGS="-k name -x ...")
 #   make check   lint, types, layers and tests
+#   make test-rdma   the RDMA transport on Soft-RoCE devices, in a VM (see docs/rdma.md)
 #   make chaos   real processes and faults drawn from a seed: SEED=1 DURATION=60 PLAN=mixed
 #                SERVER=redis|redis6|valkey|sentinel|cluster (CHAOS_ARGS="--json FILE --verbose")
 #   make soak    the same for an hour
@@ -25,9 +26,10 @@ CHAOS_ARGS ?=
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check --quiet
+RDMA_TESTS := $(addprefix tests/integration/,test_rdma.py test_kv_conformance.py test_kv_faults.py test_kv_lifetime.py)
 benchmarks := $(filter-out common,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
-.PHONY: demo test lint check chaos soak chaos-bugs bench wheel build clean
+.PHONY: demo test test-rdma lint check chaos soak chaos-bugs bench wheel build clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-installed
@@ -35,6 +37,11 @@ demo: $(VENV)/.demo-installed
 
 test: $(VENV)/.dev-installed
 	$(bin)/python -m pytest $(PYTEST_ARGS)
+
+# A TCG machine beside other work is slow: ten minutes at most, and every wait inside allows for that.
+test-rdma: $(VENV)/.dev-installed
+	$(bin)/python -m tests.rdma_vm.vm --nics 8 --memory-mib 3072 --timeout-s 590 -- \
+	    $(bin)/python -m pytest -p no:cacheprovider -k rdma $(RDMA_TESTS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev-installed
 	$(bin)/ruff check .

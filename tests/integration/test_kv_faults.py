@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import selectors
 import socket
 import threading
@@ -17,7 +18,8 @@ import pytest
 from kv_transfer import KVLayout, RankEndpoint, Received, Sent, TransferFailed, TransferOptions
 from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, RemoteRank, differing, pattern
 
-LANES = ("shm", "tcp")
+# RDMA needs devices: it takes part in the VM that has them (make test-rdma).
+LANES = ("shm", "tcp", *(("rdma",) if "RDMA_VM_NICS" in os.environ else ()))
 # Big enough that a stop or a kill hits a transfer while its bytes flow.
 BIG = KVLayout("transformers", "tiny", "float32", 8, 8, 64, 16, 512)
 

@@ -38,7 +38,7 @@ def mapped_pools() -> int:
     return Path("/proc/self/maps").read_text(encoding="utf-8").count("kv-pool")
 
 
-@pytest.mark.parametrize("lane", ["shm", "tcp"])
+@pytest.mark.parametrize("lane", ["shm", "tcp", *(("rdma",) if "RDMA_VM_NICS" in os.environ else ())])
 def test_closing_gives_back_every_thread_descriptor_and_mapping(lane: str) -> None:
     def round_trip() -> None:
         options = TransferOptions(protocols=(lane,))

@@ -53,7 +53,7 @@ def test_licence_is_what_the_metadata_says() -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "check", "bench", "wheel", "clean"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-rdma", "lint", "check", "bench", "wheel", "clean"])
 def test_make_knows_every_target_and_what_it_needs_in_a_fresh_clone(target: str, tmp_path: Path) -> None:
     run = subprocess.run(
         ["make", "--dry-run", f"VENV={tmp_path}/venv", target],
