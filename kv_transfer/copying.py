@@ -71,6 +71,10 @@ class BlockCopier:
             if stopped():
                 return False
             piece = slice(start, start + most)
+            if src.is_big:
+                for src_place, dst_place in zip(src.places(src_ids[piece]), dst.places(dst_ids[piece]), strict=True):
+                    dst.array[dst_place] = src.array[src_place]
+                continue
             count = len(src_ids[piece])
             packed = src.as_packed(self._scratch[: count * size], count)
             src.read(src_ids[piece], packed)

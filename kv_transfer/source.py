@@ -36,8 +36,8 @@ from kv_transfer.transports.base import Transport
 
 # Transfers that ended on one side before the other had come to it, remembered so that it is told so at once.
 MAX_REMEMBERED = 16384
-# Hashed at a time: a few milliseconds' work.
-SIGN_BYTES = 32 << 20
+# Hashed at a time: fetched and checked while the next ones are being hashed.
+SIGN_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -127,6 +128,17 @@ class PartView:
             (*unit_strides, *side.strides, self._word.itemsize),
         )
 
+    @property
+    def is_big(self) -> bool:
+        """Whether a unit has so much of it that units are best copied one by one."""
+        return self.part.num_bytes >= _SINGLE_BYTES
+
+    def places(self, ids: IntArray) -> list[Any]:
+        """Where units are in ``array``, one by one."""
+        if self.is_flat:
+            return list(ids.tolist())
+        return list(zip(*(index.tolist() for index in np.divmod(ids, self._units)), strict=True))
+
     def as_packed(self, data: ByteArray, num_units: int) -> AnyArray:
         """Packed bytes in the shape of ``array``; [num_units, ...], no copy."""
         if data.ctypes.data % self._word.itemsize:
@@ -136,11 +148,11 @@ class PartView:
 
     def read(self, ids: IntArray, packed: AnyArray) -> None:
         """Copy units out."""
-        if not self.is_flat:
+        if self.is_big:
+            for index, place in enumerate(self.places(ids)):
+                packed[index] = self.array[place]
+        elif not self.is_flat:
             packed[...] = self.array[ids // self._units, ids % self._units]
-        elif self.part.num_bytes >= _SINGLE_BYTES:
-            for index, unit in enumerate(ids.tolist()):
-                packed[index] = self.array[unit]
         elif self.array.flags.c_contiguous:
             # Of anything else, take() would first make a contiguous copy of the whole pool.
             np.take(self.array, ids, axis=0, out=packed, mode="clip")
@@ -149,11 +161,11 @@ class PartView:
 
     def write(self, ids: IntArray, packed: AnyArray) -> None:
         """Copy units in."""
-        if not self.is_flat:
+        if self.is_big:
+            for index, place in enumerate(self.places(ids)):
+                self.array[place] = packed[index]
+        elif not self.is_flat:
             self.array[ids // self._units, ids % self._units] = packed
-        elif self.part.num_bytes >= _SINGLE_BYTES:
-            for index, unit in enumerate(ids.tolist()):
-                self.array[unit] = packed[index]
         else:
             self.array[ids] = packed
 

@@ -50,7 +50,7 @@ def all_ranks(layout: KVLayout) -> list[KVLayout]:
 class Side:
     """The ranks of one side."""
 
-    def __init__(self, layouts: Sequence[KVLayout], lane: str, name: str) -> None:
+    def __init__(self, layouts: Sequence[KVLayout], lane: str, name: str, checksum: str = "none") -> None:
         # Pages that numpy and the interpreter take for their own later on are not the messengers'.
         anonymous = memory_kib("RssAnon")
         self.pools = [KVPool.allocate(layout) for layout in layouts]
@@ -58,7 +58,7 @@ class Side:
             pool.regions[0].view(np.uint64)[:] = np.arange(pool.regions[0].size // 8, dtype=np.uint64)
         self._base_kib = min(anonymous, memory_kib("RssAnon"))
         self._news = threading.Event()
-        options = TransferOptions(protocols=(lane,))
+        options = TransferOptions(protocols=(lane,), checksum=checksum)
         self.messengers = [Messenger(pool, options, name=name, on_event=self._news.set) for pool in self.pools]
         for messenger in self.messengers:
             messenger.start()
