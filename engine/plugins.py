@@ -1,4 +1,4 @@
-"""Engines by name: the entry points of the group ``engine.engines``."""
+"""Engines by name: entry points of ``engine.engines``, which we drive, and of ``engine.services``, which drive us."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 from engine.errors import UnknownEngine
 from engine.port import EngineDriver
-from engine.settings import EngineSettings
+from engine.settings import EngineSettings, InstanceSettings, TransferSettings
+from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.types import Role
 
 GROUP = "engine.engines"
+SERVICES = "engine.services"
 
 
 class EnginePlugin(ABC):
@@ -44,9 +46,39 @@ class EnginePlugin(ABC):
         return path.resolve() if path.is_dir() else None
 
 
+class ServicePlugin(ABC):
+    """An engine that drives itself, and so brings an instance of its own; made as an EnginePlugin is."""
+
+    @abstractmethod
+    def serve(
+        self,
+        engine: EngineSettings,
+        instance: InstanceSettings,
+        transfer: TransferSettings,
+        scheduler: SchedulerSettings,
+    ) -> None:
+        """Serve until SIGTERM or Ctrl-C, in the main thread. Raises SplitwiseError and KVTransferError."""
+
+
 def installed_engines() -> list[str]:
-    """Names of all that are registered; none is imported."""
+    """Names of all engines that we drive; none is imported."""
     return sorted({entry.name for entry in metadata.entry_points(group=GROUP)})
+
+
+def load_service(name: str) -> ServicePlugin | None:
+    """
+    Returns:
+        None when no engine that drives itself has this name.
+    Raises:
+        UnknownEngine: what is registered cannot be used here.
+    """
+    for entry in metadata.entry_points(group=SERVICES):
+        if entry.name == name:
+            plugin = entry.load()
+            if not isinstance(plugin, type) or not issubclass(plugin, ServicePlugin):
+                raise UnknownEngine(name, installed_engines(), f"its plugin {entry.value} is no ServicePlugin")
+            return plugin()
+    return None
 
 
 def load_engine(name: str) -> EnginePlugin:

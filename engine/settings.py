@@ -74,7 +74,12 @@ class EngineSettings(ExplicitSettings):
         None, ge=2, description="Prompt and output tokens together. Left out: what model and pool allow."
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the engine. Left out: torch's choice.")
-    tensor_parallel_size: Literal[1] = Field(1, description="Ranks that share the model; this engine has one.")
+    tensor_parallel_size: int = Field(
+        1, ge=1, le=1024, description="Ranks that share the model; engines that have only one say so."
+    )
+    engine_args: str | None = Field(
+        None, description="JSON object of further arguments, for an engine with flags of its own (vllm)."
+    )
 
 
 class TransferSettings(ExplicitSettings):

@@ -17,6 +17,7 @@ import click
 from engine.settings import EngineSettings, InstanceSettings, TransferSettings
 from splitwise_sched.cli.options import settings_command
 from splitwise_sched.embedded import scheduler_server
+from splitwise_sched.errors import ConfigError
 from splitwise_sched.settings import SchedulerSettings
 
 if TYPE_CHECKING:
@@ -34,6 +35,18 @@ def command(
     what it holds goes back to the queue.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from engine.plugins import load_service
+
+    if (service := load_service(engine.engine)) is not None:
+        service.serve(engine, instance, transfer, scheduler)
+        return
+    if engine.tensor_parallel_size != 1:
+        raise ConfigError(
+            f"--tensor-parallel-size is {engine.tensor_parallel_size}: the engine {engine.engine!r} has one rank; "
+            "vllm may have more"
+        )
+    if engine.engine_args is not None:
+        raise ConfigError(f"--engine-args was given: the engine {engine.engine!r} has none but the flags of serve")
     with ExitStack() as stack:
         _serve(stack, engine, instance, transfer, scheduler)
 
