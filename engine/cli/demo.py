@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -44,6 +45,10 @@ class DemoSettings(ExplicitSettings):
     )
     requests: int = Field(64, ge=1, le=100_000, description="Requests to send.")
     concurrency: int = Field(16, ge=1, le=1024, description="Requests under way at a time.")
+    chaos: bool = Field(
+        False, description="Kill, restart and stall instances meanwhile; all requests stream at once, again and again."
+    )
+    chaos_s: float = Field(60.0, ge=1, le=86_400, description="Seconds that --chaos lasts.")
     kv_blocks: int = Field(1024, ge=8, description="KV blocks of 16 tokens on each instance.")
 
 
@@ -90,13 +95,27 @@ async def _run(settings: DemoSettings, json_file: Path | None, console: Console,
     import httpx
 
     from engine.demo.client import TIMEOUT_S
-    from engine.demo.report import Row, print_differences, print_summary, print_table, summary, write_json
+    from engine.demo.report import (
+        Row,
+        chaos_facts,
+        print_chaos,
+        print_differences,
+        print_summary,
+        print_table,
+        summary,
+        write_json,
+    )
     from splitwise_sched.store import Store
 
     port = await _start(settings, console, fleet, model)
     requests = _workload(settings, model)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client:
-        answers = await _send(settings, console, fleet, client, requests)
+        faults: dict[str, int] = {}
+        failures: list[str] = []
+        if settings.chaos:
+            answers, failures, faults = await _send_in_chaos(settings, console, fleet, client, requests)
+        else:
+            answers = await _send(settings, console, fleet, client, requests)
     store = Store(fleet.settings)
     try:
         await store.connect()
@@ -105,16 +124,24 @@ async def _run(settings: DemoSettings, json_file: Path | None, console: Console,
     finally:
         await store.close()
     expected = _reference(settings, console, model, requests)
-    rows = [Row(a, r, e) for a, r, e in zip(answers, records, expected, strict=True)]
-    print_table(console, rows)
+    right = {(r.prompt_token_ids, r.max_tokens): tokens for r, tokens in zip(requests, expected, strict=True)}
+    rows = [
+        Row(a, r, right[a.request.prompt_token_ids, a.request.max_tokens])
+        for a, r in zip(answers, records, strict=True)
+    ]
+    if not settings.chaos:
+        print_table(console, rows)
     found = summary(
         rows, num_prefill=settings.prefill, num_decode=settings.decode, redis_server=server, model=str(model)
     )
+    if settings.chaos:
+        found["chaos"] = chaos_facts(rows, faults, failures)
+        print_chaos(console, found["chaos"])
     print_differences(console, rows)
     print_summary(console, found)
     if json_file is not None:
         write_json(json_file, found)
-    return 0 if found["mismatched"] == 0 else 1
+    return 0 if found["mismatched"] == 0 and not failures else 1
 
 
 async def _start(settings: DemoSettings, console: Console, fleet: Fleet, model: Path) -> int:
@@ -181,6 +208,33 @@ async def _send(
             answers[answer.request.request_id] = answer
     fleet.check()
     return [answers[r.request_id] for r in requests]
+
+
+async def _send_in_chaos(
+    settings: DemoSettings, console: Console, fleet: Fleet, client: httpx.AsyncClient, requests: list[DemoRequest]
+) -> tuple[list[Answer], list[str], dict[str, int]]:
+    """All streams at once, again and again, while instances are killed; what failed, and what was done to them."""
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+    from engine.demo.chaos import Chaos
+    from engine.demo.client import keep_completing
+
+    columns = (TextColumn("{task.description}: {task.completed} answers"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(f"{len(requests)} streams", total=None)
+        chaos = Chaos(fleet, settings.prefill + settings.decode, progress.console.print)
+        doing = asyncio.create_task(chaos.run())
+        until = time.monotonic() + settings.chaos_s
+        try:
+            answers, failures = await keep_completing(
+                client, MODEL_NAME, requests, until, lambda: progress.advance(task)
+            )
+        finally:
+            if doing.done():
+                doing.result()
+            doing.cancel()
+            await asyncio.wait([doing])
+    return answers, failures, chaos.faults.to_dict()
 
 
 def _reference(

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 
@@ -75,6 +75,36 @@ async def complete(
                 finish_reason = choice.get("finish_reason") or finish_reason
     tpot_s = (last - first) / (len(token_ids) - 1) if len(token_ids) > 1 else 0.0
     return Answer(request, tuple(token_ids), text, finish_reason, first - started, tpot_s)
+
+
+async def keep_completing(
+    client: httpx.AsyncClient,
+    model: str,
+    requests: Sequence[DemoRequest],
+    until: float,
+    on_done: Callable[[], None],
+) -> tuple[list[Answer], list[str]]:
+    """One stream for each of ``requests`` at a time, again and again under new ids until ``until`` (monotonic, s).
+
+    Returns:
+        The answers, and what went wrong with the others.
+    """
+    answers: list[Answer] = []
+    failures: list[str] = []
+
+    async def keep(request: DemoRequest) -> None:
+        turn = 0
+        while not turn or time.monotonic() < until:
+            turn += 1
+            try:
+                again = replace(request, request_id=f"{request.request_id}-{turn}")
+                answers.append(await complete(client, model, again))
+            except (DemoRequestFailed, httpx.HTTPError) as exc:
+                failures.append(str(exc) or repr(exc))
+            on_done()
+
+    await asyncio.gather(*map(keep, requests))
+    return answers, failures
 
 
 async def complete_all(

@@ -48,6 +48,8 @@ class Member:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    arguments: Sequence[str]
+    env: Mapping[str, str]
 
     @property
     def log_tail(self) -> str:
@@ -90,7 +92,7 @@ class Fleet:
         # A setting that its user exported is not meant for every member at once.
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX)}
         command = [sys.executable, die_with_parent.__file__, str(os.getpid()), sys.executable, "-m", "splitwise_sched"]
-        with log.open("wb") as out:
+        with log.open("ab") as out:
             process = subprocess.Popen(
                 [*command, *arguments, *scheduler, "--scheduler-topic", TOPIC],
                 stdin=subprocess.DEVNULL,
@@ -98,8 +100,19 @@ class Fleet:
                 stderr=subprocess.STDOUT,
                 env={**inherited, "OMP_NUM_THREADS": "1", **(env or {})},
             )
-        self.members[name] = member = Member(name, process, log)
+        self.members[name] = member = Member(name, process, log, arguments, env or {})
         return member
+
+    def kill(self, name: str) -> None:
+        """SIGKILL, and wait until it is gone; the caller starts it again before ``check`` is called."""
+        process = self.members[name].process
+        process.kill()
+        process.wait()
+
+    def restart(self, name: str) -> Member:
+        """The same once more, after ``kill``; call it in the thread that is to outlive it."""
+        member = self.members.pop(name)
+        return self.start(name, member.arguments, member.env)
 
     def start_instance(self, role: str, index: int, model: Path | str, arguments: Sequence[str]) -> Member:
         name = f"{role}-{index}"

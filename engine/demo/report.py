@@ -161,5 +161,27 @@ def print_differences(console: Console, rows: Sequence[Row]) -> None:
         )
 
 
+def chaos_facts(rows: Sequence[Row], faults: Mapping[str, int], failures: Sequence[str]) -> dict[str, Any]:
+    """What was done to the instances, and what it cost."""
+    reruns = [max(0, int(row.record.get("attempts", 1)) - 1) for row in rows]
+    return {
+        **faults,
+        "failed": len(failures),
+        "failures": list(failures[:20]),
+        "requests_run_again": sum(n > 0 for n in reruns),
+        "reruns": sum(reruns),
+    }
+
+
+def print_chaos(console: Console, facts: Mapping[str, Any]) -> None:
+    console.print(
+        f"killed {facts['killed_prefill']} prefill and {facts['killed_decode']} decode instances, stopped "
+        f"{facts['stalled_decode']} past their lease: {facts['requests_run_again']} requests were run again, "
+        f"{facts['failed']} failed"
+    )
+    for failure in facts["failures"]:
+        console.print(f"[red]{failure}[/]")
+
+
 def write_json(path: Path, found: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

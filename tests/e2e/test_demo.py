@@ -48,6 +48,19 @@ def test_every_token_of_64_requests_on_four_instances_equals_generate(model, tmp
     assert left == []
 
 
+def test_every_token_of_streams_whose_instances_are_killed_and_stalled_equals_generate(model, tmp_path):
+    found_file = tmp_path / "found.json"
+    done = demo("--model", model, "--chaos", "--chaos-s", 10, "--requests", 12, "--json", found_file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(found_file.read_text())
+    facts = found["chaos"]
+    assert found["mismatched"] == facts["failed"] == 0 and found["matched"] == found["requests"] >= 12
+    assert min(facts[fault] for fault in ("killed_prefill", "killed_decode", "stalled_decode")) >= 1
+    assert facts["requests_run_again"] > 0 and facts["reruns"] >= facts["requests_run_again"]
+    text = " ".join(done.stdout.split())
+    assert "stopped decode-" in text and "were run again, 0 failed" in text
+
+
 def test_model_that_is_nowhere_ends_in_a_paragraph(tmp_path):
     done = demo("--model", tmp_path / "nothing")
     assert done.returncode == 2 and "Traceback" not in done.stderr
