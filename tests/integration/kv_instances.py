@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -90,18 +91,24 @@ PAIRS: dict[str, tuple[list[KVLayout], list[KVLayout]]] = {
 
 def lane_options(lane: str, **other: Any) -> TransferOptions:
     """Options with one transport only; skips what this host cannot run."""
-    options = TransferOptions(protocols=(lane,), secret="a secret", **other)
+    if (obstacle := _obstacle(lane)) is not None:
+        pytest.skip(f"{lane} does not run here: {obstacle}")
+    return TransferOptions(protocols=(lane,), secret="a secret", **other)
+
+
+@lru_cache(maxsize=16)
+def _obstacle(lane: str) -> str | None:
     with KVPool.allocate(MODEL) as pool:
-        probe = Messenger(pool, options, name="probe")
+        probe = Messenger(pool, TransferOptions(protocols=(lane,)), name="probe")
         try:
             probe.start()
         except TransportFailed as exc:
             if lane != "rdma" or "RDMA_VM_NICS" in os.environ:
                 raise
-            pytest.skip(f"{lane} does not run here: {exc}")
+            return str(exc)
         finally:
             probe.close()
-    return options
+    return None
 
 
 class Move:

@@ -1,20 +1,22 @@
 """One rank for transfer tests: a pool whose every byte is known, and a messenger; in this process or in one of its own.
 
-As a program it serves one rank: commands as JSON lines on stdin, answers on stdout.
+A rank of its own is forked from a server that has imported everything: an import takes seconds in an emulated machine.
 """
 
 from __future__ import annotations
 
 import json
 import mmap
+import multiprocessing
+import multiprocessing.context
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import lru_cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +144,10 @@ class RemoteRank:
 
     def __init__(self, layout: KVLayout, options: TransferOptions, name: str, seed: int = 0) -> None:
         self.layout = layout
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.kv_rank"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        )
+        self._pipe, far_pipe = _forks().Pipe()
+        self._process = _forks().Process(target=_serve, args=(far_pipe,))
+        self._process.start()
+        far_pipe.close()
         started = self._call(layout=layout.to_dict(), options=asdict(options), name=name, seed=seed)
         self.endpoint = RankEndpoint.from_dict(started["endpoint"])
         fd = os.open(f"/proc/{self._process.pid}/fd/{started['fd']}", os.O_RDONLY)
@@ -159,6 +157,7 @@ class RemoteRank:
 
     @property
     def pid(self) -> int:
+        assert self._process.pid is not None
         return self._process.pid
 
     def fill(self, seed: int) -> None:
@@ -213,31 +212,26 @@ class RemoteRank:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait(WAIT_S)
+        self._process.join(WAIT_S)
 
     def close(self) -> None:
         """Ask it to end, and see that it does so cleanly; after ``kill`` nothing is asked."""
-        if self._process.poll() is None:
+        was_alive = self._process.is_alive()
+        if was_alive:
             self.resume()
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-            try:
-                code = self._process.wait(WAIT_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                raise
-            assert code == 0, f"the rank's process ended with {code}"
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+        self._pipe.close()
+        self._process.join(WAIT_S)
+        if self._process.is_alive():
+            self._process.kill()
+            raise AssertionError("the rank's process does not end")
+        assert not was_alive or self._process.exitcode == 0, f"the rank's process ended with {self._process.exitcode}"
 
     def _call(self, **command: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        assert line, "the rank's process has ended"
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            self._pipe.send_bytes(json.dumps(command).encode())
+            answer: dict[str, Any] = json.loads(self._pipe.recv_bytes())
+        except (EOFError, OSError) as exc:
+            raise AssertionError("the rank's process has ended") from exc
         assert "error" not in answer, answer["error"]
         return answer
 
@@ -249,13 +243,26 @@ class RemoteRank:
         return states
 
 
-def _serve() -> None:
+@lru_cache(maxsize=1)
+def _forks() -> multiprocessing.context.ForkServerContext:
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "tests.integration.kv_rank", "kv_transfer.transports.rdma"])
+    return context
+
+
+def _serve(pipe: Connection) -> None:
+    """One rank, as its commands come; ends with the pipe."""
+
     def read() -> dict[str, Any] | None:
-        line = sys.stdin.readline()
-        return json.loads(line) if line else None
+        try:
+            return dict(json.loads(pipe.recv_bytes()))
+        except EOFError:
+            return None
 
     def answer(**data: Any) -> None:
-        print(json.dumps(data), flush=True)
+        pipe.send_bytes(json.dumps(data).encode())
 
     first = read()
     if first is None:
@@ -296,7 +303,3 @@ def _do(rank: LocalRank, command: dict[str, Any]) -> dict[str, Any]:
     else:
         getattr(rank, what)(*args)
     return {}
-
-
-if __name__ == "__main__":
-    _serve()
