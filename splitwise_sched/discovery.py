@@ -6,12 +6,13 @@ raises ends here, as LinkFailed.
 
 from __future__ import annotations
 
+import inspect
 import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
@@ -28,6 +29,12 @@ COMMAND_TIMEOUT_S = 5.0
 ASK_TIMEOUT_S = 1.0
 
 Address = tuple[str, int]
+# redis-py tells its name to servers that can be told (CLIENT SETINFO); whoever may not do that would fill the ACL log.
+_NAMELESS: dict[str, Any] = (
+    {"driver_info": None}
+    if "driver_info" in inspect.signature(AbstractConnection.__init__).parameters
+    else {"lib_name": None, "lib_version": None}
+)
 _DENIED = (AuthenticationError, AuthorizationError, NoPermissionError)
 
 
@@ -155,6 +162,7 @@ class SentinelServers(Servers):
                 "socket_connect_timeout": ASK_TIMEOUT_S,
                 "socket_timeout": ASK_TIMEOUT_S,
                 "retry": Retry(NoBackoff(), 0),
+                **_NAMELESS,
                 **tls,
             },
         ).sentinels
@@ -343,6 +351,7 @@ def _options(settings: ServerSettings) -> dict[str, Any]:
         "socket_connect_timeout": CONNECT_TIMEOUT_S,
         "socket_timeout": COMMAND_TIMEOUT_S,
         "retry": Retry(NoBackoff(), 0),
+        **_NAMELESS,
     }
 
 

@@ -349,9 +349,9 @@ class SentinelTrio(_Rig):
 
     def _is_complete(self) -> bool:
         return all(
-            _pairs(s.ask("SENTINEL", "MASTER", self.service))["num-other-sentinels"] == "2"
+            pairs(s.ask("SENTINEL", "MASTER", self.service))["num-other-sentinels"] == "2"
             and any(
-                _pairs(r)["flags"] == "slave" and _pairs(r)["master-link-status"] == "ok"
+                pairs(r)["flags"] == "slave" and pairs(r)["master-link-status"] == "ok"
                 for r in s.ask("SENTINEL", "REPLICAS", self.service)
             )
             for s in self.sentinels
@@ -540,7 +540,8 @@ def _wait_in_sync(replica: RedisServer) -> None:
     wait_until(lambda: _replication(replica).get("master_link_status") == "up", "the replica is in sync")
 
 
-def _pairs(reply: Any) -> dict[str, str]:
+def pairs(reply: Any) -> dict[str, str]:
+    """A reply of names and values, as RESP2 and RESP3 have it."""
     if isinstance(reply, dict):
         return {str(k): str(v) for k, v in reply.items()}
     it = iter(reply)
