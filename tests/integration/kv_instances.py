@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -89,8 +90,17 @@ PAIRS: dict[str, tuple[list[KVLayout], list[KVLayout]]] = {
 }
 
 
+def need_xxhash() -> None:
+    """It comes with the extra ``checksum``."""
+    if importlib.util.find_spec("xxhash") is None:
+        assert os.environ.get("CI") != "true", "xxhash is not installed"
+        pytest.skip("xxhash is not installed")
+
+
 def lane_options(lane: str, **other: Any) -> TransferOptions:
     """Options with one transport only; skips what this host cannot run."""
+    if other.get("checksum") == "xxh3":
+        need_xxhash()
     if (obstacle := _obstacle(lane)) is not None:
         pytest.skip(f"{lane} does not run here: {obstacle}")
     return TransferOptions(protocols=(lane,), secret="a secret", **other)
