@@ -37,6 +37,11 @@ class DemoSettings(ExplicitSettings):
     prefill: int = Field(2, ge=1, le=MAX_INSTANCES, description="Prefill instances.")
     decode: int = Field(2, ge=1, le=MAX_INSTANCES, description="Decode instances.")
     transport: Literal["shm", "tcp"] = Field("shm", description="How KV blocks move between them.")
+    cache_transfer_protocol: str | None = Field(
+        None, description="The same in full, as serve takes it, such as rdma or rdma,ipc. Left out: --transport."
+    )
+    prefill_host: str = Field("127.0.0.1", description="Address that prefill instances move KV by.")
+    decode_host: str = Field("127.0.0.1", description="Address that decode instances move KV by.")
     model: str | None = Field(
         None, description="Model directory or hub id. Left out: a small Llama, made and trained on the spot."
     )
@@ -147,13 +152,14 @@ async def _run(settings: DemoSettings, json_file: Path | None, console: Console,
 async def _start(settings: DemoSettings, console: Console, fleet: Fleet, model: Path) -> int:
     """Everything up and healthy; returns the gateway's port."""
     count = settings.prefill + settings.decode
-    protocols = {"shm": "ipc,tcp", "tcp": "tcp"}[settings.transport]
+    protocols = settings.cache_transfer_protocol or {"shm": "ipc,tcp", "tcp": "tcp"}[settings.transport]
+    hosts = {"prefill": settings.prefill_host, "decode": settings.decode_host}
     flags = ("--cache-transfer-protocol", protocols, "--dtype", settings.dtype, "--served-model-name", MODEL_NAME,
              "--num-gpu-blocks-override", str(settings.kv_blocks))  # fmt: skip
     with console.status(f"{fleet.redis.description}; starting {count} instances and a gateway"):
         for role, number in (("prefill", settings.prefill), ("decode", settings.decode)):
             for index in range(number):
-                fleet.start_instance(role, index, model, flags)
+                fleet.start_instance(role, index, model, (*flags, "--pd-comm-host", hosts[role]))
         port = free_port()
         fleet.start("gateway", ("gateway", "--port", str(port), "--model", str(model)))
         await fleet.wait_for_instances(count)

@@ -12,8 +12,10 @@ from click.testing import CliRunner
 
 from kv_transfer.cli.rdma_nics import command
 from kv_transfer.errors import NicUnavailable
+from kv_transfer.options import RdmaOptions
 from kv_transfer.sysfs import gpus, rdma_ports
 from kv_transfer.topology import Distance, assign, choose_gid, distance, parse_nics, usable_ports
+from kv_transfer.transports.rdma.device import choose_port
 from tests.sysfs_tree import GLOBAL_V6, LINK_LOCAL, ROCE_V1, ROCE_V2, SysfsTree, behind_switch, ipv4_gid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -260,3 +262,25 @@ def test_the_script_of_a_machine_without_devices_ends_in_a_paragraph(kind: str, 
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_names_a_rank_takes_the_device_of_its_address_else_ranks_share_the_fastest(
+    tree: SysfsTree,
+) -> None:
+    for number in range(3):
+        gids = [(LINK_LOCAL, ROCE_V2), (ipv4_gid(number + 1), ROCE_V2)]
+        rate = "25 Gb/sec (1X EDR)" if number == 2 else "400 Gb/sec (4X NDR)"
+        tree.nic(f"mlx5_{number}", behind_switch(0x10, number), gids=gids, rate=rate)
+
+    def taken(rank: int, host: str, **options: tuple[str, ...]) -> str:
+        return choose_port(RdmaOptions(**options), rank, host, tree.root).device
+
+    assert [taken(0, host) for host in ("10.0.0.2", "10.0.0.3", "10.9.9.9", "a-name", "")] == [
+        "mlx5_1",
+        "mlx5_2",
+        "mlx5_0",
+        "mlx5_0",
+        "mlx5_0",
+    ]
+    assert [taken(rank, "") for rank in range(3)] == ["mlx5_0", "mlx5_1", "mlx5_0"]
+    assert [taken(rank, "10.0.0.2", nics=("mlx5_2", "mlx5_0")) for rank in range(3)] == ["mlx5_2", "mlx5_0", "mlx5_2"]

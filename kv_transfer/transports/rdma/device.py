@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import resource
 import secrets
@@ -47,15 +48,17 @@ class Device:
         async_fd: readable when ``take_event`` has something; -1 when there is no such descriptor.
     """
 
-    def __init__(self, options: RdmaOptions, rank: int, root: Path = sysfs.SYSFS) -> None:
+    def __init__(self, options: RdmaOptions, rank: int, *, host: str = "", root: Path = sysfs.SYSFS) -> None:
         """
+        Args:
+            host: address that a device is preferred for, where none is named.
         Raises:
             RdmaUnavailable: no pyverbs, no device, no active port, no GID; says what to do.
         """
         # The library first: without it a device is of no use, and its absence is the more likely news.
         self.verbs: Verbs = load_verbs()
         try:
-            self.port = choose_port(options, rank, root)
+            self.port = choose_port(options, rank, host, root)
             gid = choose_gid(self.port, options.gid_index, options.netdev)
         except NicUnavailable as exc:
             raise RdmaUnavailable(str(exc)) from exc
@@ -167,9 +170,11 @@ class Device:
         return verbs.AHAttr(port_num=self.port.port, is_global=int(is_global), gr=route, dlid=peer.lid)
 
 
-def choose_port(options: RdmaOptions, rank: int, root: Path) -> RdmaPort:
-    """The port that a rank uses: as its user says, or the fastest; ranks of one host share them out.
+def choose_port(options: RdmaOptions, rank: int, host: str, root: Path) -> RdmaPort:
+    """The port that a rank uses: as its user says, or the one of the address, or the fastest, which ranks share out.
 
+    Args:
+        host: an address of ours; empty for no preference.
     Raises:
         NicUnavailable: there is none, or the one that is named is not usable.
     """
@@ -179,6 +184,9 @@ def choose_port(options: RdmaOptions, rank: int, root: Path) -> RdmaPort:
         usable = usable_ports(ports)
         if not usable:
             raise NicUnavailable("", explain_no_port(ports))
+        at_address = [port for port in usable if _gid_of(host) in {gid.value for gid in port.gids}]
+        if at_address:
+            return at_address[0]
         fastest = [port for port in usable if port.rate_gbps == usable[0].rate_gbps]
         return fastest[rank % len(fastest)]
     named = [port for port in ports if port.device == name]
@@ -189,6 +197,17 @@ def choose_port(options: RdmaOptions, rank: int, root: Path) -> RdmaPort:
     if not active:
         raise NicUnavailable(name, f"{problem(named[0])}: bring its link up (ip link, ibstat), or name another device")
     return active[0]
+
+
+def _gid_of(host: str) -> str | None:
+    """The GID that a network interface with this IP address has."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    packed = address.packed if address.version == 6 else b"\x00" * 10 + b"\xff\xff" + address.packed
+    text = packed.hex()
+    return ":".join(text[i : i + 4] for i in range(0, len(text), 4))
 
 
 def new_psn() -> int:

@@ -46,13 +46,13 @@ class RdmaTransport(Transport):
 
     @classmethod
     def preflight(cls, options: TransferOptions) -> None:
-        Device(options.rdma, 0).close()
+        Device(options.rdma, 0, host=options.bind_host).close()
 
     def offer(self) -> Offer:
-        host, port = self.options.bind_host, self._own_port()
+        host, port, layout = self.options.bind_host, self._own_port(), self.pool.layout
         if not self.pool.host_regions:
             raise PoolNotServed("the pool is not in memory that this transport can register")
-        device = self._device = Device(self.options.rdma, self.pool.layout.tp_rank)
+        device = self._device = Device(self.options.rdma, layout.tp_rank, host=host if layout.num_ranks == 1 else "")
         for region in self.pool.host_regions:
             self._registered.append(device.register(region.ctypes.data, region.nbytes, is_source=True))
             self._regions.append(LocalRegion(region.ctypes.data, int(self._registered[-1].lkey)))
