@@ -41,10 +41,10 @@ async def run(spec: RunSpec, events: Sequence[Event] | None = None) -> Result:
     Raises RigMissing when the server is not on this machine.
     """
     folder = Path(tempfile.mkdtemp(prefix="splitwise-chaos-"))
-    rig = make_rig(spec.server, folder)
+    topic = f"chaos-{spec.seed}"
+    rig = await asyncio.to_thread(make_rig, spec.server, topic)
     try:
-        await rig.start()
-        result = await _Run(spec, folder, rig).go(events)
+        result = await _Run(spec, folder, rig, topic).go(events)
     finally:
         await rig.close()
     if result.problems:
@@ -55,20 +55,19 @@ async def run(spec: RunSpec, events: Sequence[Event] | None = None) -> Result:
 
 
 class _Run:
-    def __init__(self, spec: RunSpec, folder: Path, rig: Rig) -> None:
+    def __init__(self, spec: RunSpec, folder: Path, rig: Rig, topic: str) -> None:
         self.spec, self.rig = spec, rig
-        self.topic = f"chaos-{spec.seed}"
         self.settings: dict[str, Any] = {
-            **rig.settings(), "scheduler_topic": self.topic, "scheduler_ttl": spec.ttl_s,
+            **rig.settings(), "scheduler_topic": topic, "scheduler_ttl": spec.ttl_s,
             "scheduler_max_attempts": 100, "frontend_lease_s": 4.0, **spec.settings,
         }  # fmt: skip
         self.parsed = SchedulerSettings(**self.settings)
-        self.keys = Keys(self.topic)
+        self.keys = Keys(topic)
         self.ledger = Ledger(spec.timeout_s, spec.grace_s)
         self.kills = Kills(rig.client, self.keys)
         template = {"timeout_s": spec.timeout_s, "step_s": spec.step_s, "mutation": spec.mutation}
         self.fleet = Fleet(folder, template, self._settings_of, self._hear)
-        self.is_linked = rig.supports_links and any(
+        self.is_linked = rig.address is not None and any(
             fault.split()[0] in ("cut", "delay", "loss") for fault in PLANS[spec.plan].weights
         )
         lease_s = {role: self.parsed.instance_lease_s for role in ("prefill", "decode", "mixed", "sweeper")}
@@ -143,7 +142,7 @@ class _Run:
 
     def _settings_of(self, name: str) -> dict[str, Any]:
         if name == LINK:
-            return {"targets": {linked: self.rig.address() for linked in LINKED}}
+            return {"targets": {linked: self.rig.address for linked in LINKED}}
         if name in self.fleet.ports:
             return {**self.settings, "scheduler_host": "127.0.0.1", "scheduler_port": self.fleet.ports[name]}
         return self.settings

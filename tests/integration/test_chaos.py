@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.chaos.plan import PLANS, draw_plan
-from tests.chaos.rigs import RigMissing, make_rig
+from tests.chaos.rigs import RigMissing, program_of
 from tests.chaos.run import run
 from tests.chaos.spec import RunSpec, Shape
 from tests.chaos.workload import ask_of, fault_in, token_of, values
@@ -16,11 +16,11 @@ pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture
-def server(tmp_path) -> str:
+def server() -> str:
     """The first of the kinds of servers that this machine has."""
     for kind in ("redis", "redis6", "valkey"):
         try:
-            make_rig(kind, tmp_path)
+            program_of(kind)
         except RigMissing:
             continue
         return kind
