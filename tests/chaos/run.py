@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -112,7 +113,11 @@ class _Run:
                     self.leaked += leaks_of(member, idle[member.name])
                 elif member.is_spared:
                     self.failed.append(f"{member.name} ended by itself")
-            if not (self.ledger.lost or self.ledger.wrong or self.leaked):
+            if self.ledger.lost or self.ledger.wrong or self.leaked:
+                for member in self.fleet.up():
+                    member.signal(signal.SIGUSR1)
+                await asyncio.sleep(1.0)
+            else:
                 await self._end()
         adversary = self.adversary
         return Result(

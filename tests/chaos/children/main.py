@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import glob
 import logging
 import os
@@ -47,7 +48,16 @@ def begin(text: str) -> None:
     uvloop.run(_run(spec))
 
 
+def _dump_tasks() -> None:
+    """Into the log: where every task stands, and what those died of that nobody has waited for."""
+    for task in (o for o in gc.get_objects() if isinstance(o, asyncio.Task)):
+        if not task.done() or (not task.cancelled() and task.exception() is not None):
+            task.print_stack(file=sys.stderr)
+    sys.stderr.flush()
+
+
 async def _run(spec: ChildSpec) -> None:
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _dump_tasks)
     commands: asyncio.Queue[list] = asyncio.Queue()
     channel = await Channel.open(spec.hub, spec.name, commands.put_nowait)
     if spec.role == "link":
