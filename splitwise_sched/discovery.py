@@ -6,6 +6,7 @@ raises ends here, as LinkFailed.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import ssl
 from abc import ABC, abstractmethod
@@ -167,12 +168,18 @@ class SentinelServers(Servers):
             },
         ).sentinels
         self._addresses = list(settings.scheduler_sentinels)
+        self._asking = asyncio.Lock()
 
     @property
     def description(self) -> str:
         return f"the master {self._service!r} of the Sentinels {', '.join(self._addresses)}"
 
     async def locate(self) -> Address:
+        # All connections that break together ask at once, and there is one client a Sentinel.
+        async with self._asking:
+            return await self._ask()
+
+    async def _ask(self) -> Address:
         failures: list[str] = []
         names: set[str] = set()
         denied, is_down = False, False

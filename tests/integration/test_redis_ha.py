@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from splitwise_sched.discovery import servers_of
 from splitwise_sched.errors import SplitwiseError, StoreUnavailable, StoreUnsuitable
 from splitwise_sched.frontend import FrontEnd
+from splitwise_sched.keys import Keys
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.store import Store
 from splitwise_sched.types import Role
@@ -254,3 +256,10 @@ async def test_a_cluster_that_nobody_answers_for_is_said_with_its_nodes(topic):
     nodes = ("127.0.0.1:1", "127.0.0.1:2")
     said = await error_of(SchedulerSettings(scheduler_cluster_nodes=nodes, scheduler_topic=topic))
     assert all(node in said for node in nodes) and "correct --scheduler-cluster-nodes" in said
+
+
+async def test_all_connections_that_break_together_find_the_master(trio):
+    servers = servers_of(settings_of(trio), Keys(TOPIC))
+    for _ in range(5):
+        found = await asyncio.gather(*(servers.locate() for _ in range(10)))
+        assert set(found) == {(trio.master.host, trio.master.port)}
