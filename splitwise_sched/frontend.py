@@ -34,6 +34,7 @@ from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.shards import Shard, Shards
 from splitwise_sched.store import NO_PREFERENCE, ORPHANED, Flow, Preference, Store
 from splitwise_sched.sweeper import Sweeper
+from splitwise_sched.tasks import Chores, keep_going
 from splitwise_sched.types import FinishReason, Output, Request, check_id
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ READ_COUNT = 512
 VERIFY_PERIOD_S = 3.0
 VERIFY_AFTER_S = 1.0
 VERIFY_BATCH = 500
+LATE_PERIOD_S = 0.5
+LATE_AFTER_S = 1.0  # Redis says it at the deadline, with what it knows about the request
 DOUBTS = 2
 SPILL_BATCH = 100
 # More than a request has runs: epochs in the shard that it leaves do not reach those in the one that it goes to.
@@ -64,6 +67,7 @@ class FrontEnd:
         self.store = self.shards[0].store
         self._streams: dict[str, OutputStream] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._chores = Chores()
         self._lease_ms = int(settings.frontend_lease_s * 1000)
         self._retain_ms = int(settings.scheduler_ttl * 1000)
         self._class_weights = settings.class_weights
@@ -89,14 +93,15 @@ class FrontEnd:
         except SplitwiseError:
             await self._close_stores()
             raise
-        loops = [loop for shard in self.shards for loop in self._loops(shard)]
+        loops = [keep_going(self._end_late), *(loop for shard in self.shards for loop in self._loops(shard))]
         if len(self.shards) > 1:
-            loops.append(self.shards.keep_looking())
+            loops.append(keep_going(self.shards.keep_looking))
         self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     def _loops(self, shard: Shard) -> list[Coroutine[Any, Any, None]]:
         sweeper = Sweeper(shard.store, retain_ms=self._retain_ms, period_s=self.settings.instance_lease_s / 4)
-        return [self._read(shard), self._keep_lease(shard), self._verify(shard), self._spill(shard), sweeper.run()]
+        of_shard = (self._read, self._keep_lease, self._verify, self._spill)
+        return [*(keep_going(loop, shard) for loop in of_shard), keep_going(sweeper.run)]
 
     async def close(self) -> None:
         """Cancel what has not ended, and leave. Idempotent."""
@@ -109,6 +114,7 @@ class FrontEnd:
         for task in (*tasks, *recoveries):
             task.cancel()
         await asyncio.wait([*tasks, *recoveries])
+        await self._chores.close()
         for stream in self._streams.values():
             stream.put(RequestFailed(stream.request_id, "cancelled", "its front end was shut down"))
         self._streams.clear()
@@ -282,12 +288,13 @@ class FrontEnd:
                             by_request[request_id] = [value]
                     shard.read_up_to = entry_id
                 for request_id, values in by_request.items():
-                    self._take(request_id, values)
+                    if request_id in self._streams:
+                        self._take(request_id, values)
+                    else:
+                        self._take_of_nobody(shard, request_id, values)
 
     def _take(self, request_id: str, values: list[str]) -> None:
-        stream = self._streams.get(request_id)
-        if stream is None:
-            return
+        stream = self._streams[request_id]
         for output in decode_outputs(request_id, values):
             if isinstance(output, Lost):
                 if stream.assembly.raise_epoch(output.epoch):
@@ -298,6 +305,14 @@ class FrontEnd:
         if stream.assembly.ended:
             self._streams.pop(request_id, None)
             self._ends.append(time.monotonic())
+
+    def _take_of_nobody(self, shard: Shard, request_id: str, values: list[str]) -> None:
+        """Outputs of a request that has ended here. One that was lost ended before Redis knew it, or Redis has an old
+        state of its own back: nobody else would end it before its deadline."""
+        # Nearly all are tokens that were under way; whether they have anything else is seen without looking into them.
+        told = decode_outputs(request_id, (value for value in values if '"lost"' in value))
+        if any(isinstance(output, Lost) for output in told):
+            self._chores.do(shard.store.cancel(request_id, "its user has its end already", self._retain_ms))
 
     # ---- recovery ------------------------------------------------------------------------------------------------
 
@@ -313,10 +328,10 @@ class FrontEnd:
         logger.info("putting %s back after %d output tokens: %s", request.request_id, len(emitted), reason)
         if len(emitted) >= request.sampling.max_tokens:
             # Only the word that it is finished was lost.
-            await self._end(stream, FinishReason.LENGTH, None)
+            self._end(stream, FinishReason.LENGTH, None)
             return
         if left_s <= 0:
-            await self._end(stream, FinishReason.EXPIRED, f"its time was over; before that: {reason}")
+            self._end(stream, FinishReason.EXPIRED, f"its time was over; before that: {reason}")
             return
         try:
             shard = await self._shard_to_go_on_in(stream)
@@ -350,7 +365,7 @@ class FrontEnd:
                 with contextlib.suppress(StoreUnavailable):
                     await shard.store.cancel(stream.request_id, "it was cancelled before", self._retain_ms)
         elif verdict == "FAILED":
-            await self._end(stream, FinishReason.ERROR, str(detail[0]))
+            self._end(stream, FinishReason.ERROR, str(detail[0]))
         elif verdict == "ENDED":
             self._doubt(stream, *map(str, detail))
 
@@ -370,7 +385,7 @@ class FrontEnd:
             await shard.store.cancel(stream.request_id, f"it goes on in shard {refuge.index}", self._retain_ms)
         return refuge
 
-    async def _end(self, stream: OutputStream, reason: FinishReason, detail: str | None) -> None:
+    def _end(self, stream: OutputStream, reason: FinishReason, detail: str | None) -> None:
         """End a request from here; its record in Redis is closed if it is still open."""
         if stream.assembly.ended:
             return
@@ -378,8 +393,15 @@ class FrontEnd:
         self._streams.pop(stream.request_id, None)
         index = len(stream.assembly.token_ids)
         stream.put(Output(stream.request_id, stream.assembly.epoch, index, finish_reason=reason, detail=detail))
-        with contextlib.suppress(StoreUnavailable):
-            await self._store_of(stream).cancel(stream.request_id, detail or reason.value, self._retain_ms)
+        self._chores.do(self._store_of(stream).cancel(stream.request_id, detail or reason.value, self._retain_ms))
+
+    async def _end_late(self) -> None:
+        """Nobody waits for much longer than the deadline, be Redis there or not."""
+        while True:
+            await asyncio.sleep(LATE_PERIOD_S)
+            now = time.monotonic()
+            for stream in [s for s in self._streams.values() if now > s.deadline + LATE_AFTER_S]:
+                self._end(stream, FinishReason.EXPIRED, "it did not end before its deadline")
 
     async def _verify(self, shard: Shard) -> None:
         """Now and then, and after every broken connection: does Redis know each request that has not ended?"""
@@ -411,9 +433,7 @@ class FrontEnd:
         for stream, known in zip(streams, states, strict=True):
             if stream.assembly.ended or stream.shard != shard.index:
                 continue
-            if time.monotonic() > stream.deadline + 1:
-                await self._end(stream, FinishReason.EXPIRED, "it did not end before its deadline")
-            elif known is None:
+            if known is None:
                 self._recover(stream, "Redis did not know it any more")
             elif known[0] == "lost":
                 stream.assembly.raise_epoch(known[1])
@@ -460,6 +480,8 @@ class FrontEnd:
     async def _renew(self, shard: Shard) -> None:
         """Renew lease and stream; they are made anew when Redis has lost them."""
         if not await shard.store.renew_frontend(self.frontend_id, self._lease_ms, shard.read_up_to):
+            # What comes now may have lower ids than what was read: another server's clock gives them.
+            shard.read_up_to = "0-0"
             shard.verify_now.set()
         shard.seen_at = time.monotonic()
 

@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from splitwise_sched.records import (
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.store import Store
 from splitwise_sched.sweeper import Sweeper
+from splitwise_sched.tasks import keep_going
 from splitwise_sched.types import Output, Request, RequestState, Role, check_id
 
 logger = logging.getLogger(__name__)
@@ -107,8 +108,8 @@ class InstanceSession:
         except SplitwiseError:
             await self.store.close()
             raise
-        self._supervisor = asyncio.create_task(self._supervise())
-        self._sweeping = asyncio.create_task(self._sweep())
+        self._supervisor = asyncio.create_task(keep_going(self._supervise))
+        self._sweeping = asyncio.create_task(keep_going(self._sweep))
 
     async def close(self) -> None:
         """Stop claiming, hand what is held back to the queue, give up the lease. Idempotent."""
@@ -130,7 +131,8 @@ class InstanceSession:
         period_s = self._settings.frontend_lease_s / 2
         while True:
             store = self.store
-            sweeping = asyncio.ensure_future(Sweeper(store, retain_ms=self._retain_ms, period_s=period_s).run())
+            sweeper = Sweeper(store, retain_ms=self._retain_ms, period_s=period_s)
+            sweeping = asyncio.create_task(keep_going(sweeper.run))
             try:
                 await self._has_moved.wait()
                 self._has_moved.clear()
@@ -199,18 +201,31 @@ class InstanceSession:
             _, other, field, theirs = reply
             mine = {"model": self._registration.model, **self._registration.must_match}[field]
             raise IncompatibleInstance(field, mine, theirs, other, self._settings.scheduler_topic)
+        if self._is_draining:
+            await self.store.drain(instance_id)
+        # Nothing is awaited from here on: what the tasks emit comes after LeaseLost of the registration before.
         self.instance_id = instance_id
         self._lost = asyncio.get_running_loop().create_future()
         self._frontends.clear()
         self._dropped_early.clear()
-        self._tasks = [asyncio.create_task(self._keep_lease()), asyncio.create_task(self._read_inbox())]
+        self._tasks = [self._start(self._keep_lease()), self._start(self._read_inbox())]
         if self._is_free_to_choose:
-            self._tasks.append(asyncio.create_task(self._look_for_company()))
-        if self._is_draining:
-            await self.store.drain(instance_id)
-        elif self._registration.role is not Role.DECODE:
-            self._claiming = asyncio.create_task(self._claim())
+            self._tasks.append(self._start(self._look_for_company()))
+        if not self._is_draining and self._registration.role is not Role.DECODE:
+            self._claiming = self._start(self._claim())
             self._tasks.append(self._claiming)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task of this registration: should a bug end it, the instance begins anew rather than go on without it."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (exc := task.exception()) is not None:
+                logger.error("%s failed", task.get_coro(), exc_info=exc)
+                self._lose(f"it has a bug: {exc!r}")
+
+        task = asyncio.create_task(work)
+        task.add_done_callback(ended)
+        return task
 
     async def _supervise(self) -> None:
         """Start anew under another id whenever the lease was lost."""

@@ -1,0 +1,121 @@
+"""What the chaos harness found once, each by itself: Redis away at a deadline, back with other data, tasks that die."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from splitwise_sched import tasks
+from splitwise_sched.codec import encode_request
+from splitwise_sched.errors import RequestFailed
+from splitwise_sched.frontend import FrontEnd
+from splitwise_sched.instance import InstanceSession
+from splitwise_sched.records import LeaseLost, PrefillAssigned
+from splitwise_sched.store import HELLO, Flow
+from splitwise_sched.types import Role
+from tests.integration.test_scheduler import request_of, tokens_of
+from tests.integration.toy import ToyInstance, settings_for, toy_answer, until
+
+
+async def test_user_is_told_at_the_deadline_although_redis_is_away(private_redis_server, topic):
+    server = private_redis_server
+    async with FrontEnd(settings_for(server, topic)) as frontend:
+        stream = await frontend.submit(request_of("r0", timeout_s=0.3))
+        with server.stalled():
+            with pytest.raises(RequestFailed, match="deadline") as caught:
+                await asyncio.wait_for(anext(stream), 15)
+            assert caught.value.reason == "expired"
+
+
+async def test_outputs_are_read_when_their_ids_are_lower_than_before(redis_server, topic):
+    # As after a failover to a server whose clock is behind, with the front end's stream lost.
+    settings = settings_for(redis_server, topic, frontend_lease_s=1.0)
+    async with FrontEnd(settings) as frontend, ToyInstance(settings, Role.MIXED, "m0"):
+        out = frontend.store.keys.out(frontend.frontend_id)
+        with redis_server.client() as client:
+            client.xadd(out, {HELLO: "ahead"}, id="99999999999999-0")
+            # It may have been read already: a request's outputs come after it.
+            await until(lambda: _is(lambda: frontend.shards[0].read_up_to.startswith("99999999999999")))
+            client.delete(out)
+        request = request_of("r0", max_tokens=5)
+        assert await tokens_of(await frontend.submit(request)) == toy_answer(request)
+
+
+async def test_outputs_are_read_from_an_older_state_of_the_stream(redis_server, topic):
+    # The same, when the stream is there, as it was a while ago.
+    settings = settings_for(redis_server, topic, frontend_lease_s=1.0)
+    async with FrontEnd(settings) as frontend, ToyInstance(settings, Role.MIXED, "m0"):
+        out = frontend.store.keys.out(frontend.frontend_id)
+        with redis_server.client() as client:
+            client.xadd(out, {HELLO: "ahead"}, id="99999999999999-0")
+            await until(lambda: _is(lambda: frontend.shards[0].read_up_to.startswith("99999999999999")))
+            with client.pipeline() as pipe:
+                pipe.delete(out)
+                pipe.xadd(out, {HELLO: "old"}, id="5-0")
+                pipe.execute()
+        request = request_of("r0", max_tokens=5)
+        assert await tokens_of(await frontend.submit(request)) == toy_answer(request)
+
+
+async def test_request_that_is_lost_after_its_user_had_its_end_is_cancelled(redis_server, topic):
+    # As after a failover to an older state, in which a request is live that has ended since.
+    settings = settings_for(redis_server, topic)
+    async with FrontEnd(settings) as frontend, ToyInstance(settings, Role.MIXED, "m0") as instance:
+        instance.hold_prefill = True
+        request = request_of("r0")
+        verdict, _ = await frontend.store.submit(
+            "r0", encode_request(request), frontend_id=frontend.frontend_id, nonce="n0",
+            timeout_ms=600_000, retain_ms=60_000, input_tokens=request.num_input_tokens, kv_tokens=64, model="toy",
+            flow=Flow("default", 4, "-"),
+        )  # fmt: skip
+        assert verdict == "QUEUED"
+        await instance.wait_for(PrefillAssigned)
+        await frontend.store.reap(instance.session.instance_id, leave=True)
+
+        async def is_cancelled() -> bool:
+            return (await frontend.request_record("r0"))["state"] == "cancelled"
+
+        await until(is_cancelled)
+
+
+async def test_loop_that_fails_begins_again(monkeypatch, caplog):
+    monkeypatch.setattr(tasks, "BEGIN_AGAIN_S", 0.0)
+    begun = asyncio.Queue()
+
+    async def loop() -> None:
+        begun.put_nowait(None)
+        await asyncio.sleep(0)
+        raise RuntimeError("a bug")
+
+    task = asyncio.create_task(tasks.keep_going(loop))
+    for _ in range(3):
+        await asyncio.wait_for(begun.get(), 10)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert "a bug" in caplog.text
+
+
+async def test_instance_with_a_bug_in_a_task_begins_anew_under_another_id(redis_server, topic, monkeypatch, caplog):
+    reads = InstanceSession._read_inbox_with
+    failed = []
+
+    async def fails_once(self, reader) -> None:
+        if not failed:
+            failed.append(self.instance_id)
+            raise RuntimeError("a bug")
+        await reads(self, reader)
+
+    monkeypatch.setattr(InstanceSession, "_read_inbox_with", fails_once)
+    settings = settings_for(redis_server, topic)
+    async with FrontEnd(settings) as frontend, ToyInstance(settings, Role.MIXED, "m0") as instance:
+        (lost,) = await instance.wait_for(LeaseLost)
+        assert lost.new_instance_id not in (None, failed[0])
+        assert "a bug" in caplog.text
+        request = request_of("r0")
+        assert await tokens_of(await frontend.submit(request)) == toy_answer(request)
+
+
+async def _is(condition) -> bool:
+    return bool(condition())
