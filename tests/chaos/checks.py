@@ -58,18 +58,19 @@ async def _live_records(client: Any, keys: Keys, names: list[str]) -> list[str]:
     found = await live_among(client, keys, [name.removeprefix(prefix) for name in names if name.startswith(prefix)])
     if not found:
         return []
-    return [f"{len(found)} records are of live requests: {', '.join(found[:MAX_NAMED])}"]
+    named = ", ".join(f"{request_id} {state}" for request_id, state in list(found.items())[:MAX_NAMED])
+    return [f"{len(found)} records are of live requests: {named}"]
 
 
-async def live_among(client: Any, keys: Keys, request_ids: Sequence[str]) -> list[str]:
-    """Those that have not ended, as far as Redis knows."""
-    found: list[str] = []
+async def live_among(client: Any, keys: Keys, request_ids: Sequence[str]) -> dict[str, str]:
+    """Those that have not ended, as far as Redis knows, and their states."""
+    found: dict[str, str] = {}
     for start in range(0, len(request_ids), 500):
         some = request_ids[start : start + 500]
         pipe = client.pipeline(transaction=False)
         for request_id in some:
             pipe.hget(keys.request(request_id), "state")
-        found += [i for i, state in zip(some, await pipe.execute(), strict=True) if state in LIVE]
+        found |= {i: state for i, state in zip(some, await pipe.execute(), strict=True) if state in LIVE}
     return found
 
 

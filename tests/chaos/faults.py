@@ -110,7 +110,7 @@ class Adversary:
         while live and time.monotonic() < deadline:
             await asyncio.sleep(0.25)
             with contextlib.suppress(RedisError, OSError):
-                live = await live_among(self._rig.client, self._keys, live)
+                live = sorted(await live_among(self._rig.client, self._keys, live))
         if live:
             self.leaked.append(f"{len(live)} requests of {name} outlived it for long: {', '.join(live[:3])}")
 
