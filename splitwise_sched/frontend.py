@@ -227,7 +227,11 @@ class FrontEnd:
 
     async def instances(self) -> list[InstanceRecord]:
         """Live instances of all shards, as of at most half a second ago."""
-        return [record for shard in self.shards for record in await shard.instances()]
+        return [record for records in await self.instances_by_shard() for record in records]
+
+    async def instances_by_shard(self) -> list[list[InstanceRecord]]:
+        """[num_shards] the same, apart: pairs form within a shard."""
+        return [await shard.instances() for shard in self.shards]
 
     async def request_record(self, request_id: str) -> Mapping[str, str]:
         """The request's readable record, {} when there is none (any more)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,8 @@ def scheduler_server(settings: SchedulerSettings, runtime_dir: Path | None = Non
         yield settings
         return
     password = settings.scheduler_password
-    wanted = None if password is None else password.get_secret_value()
+    # Loopback is open to every user of the machine; whoever may find the server finds its password with it.
+    wanted = secrets.token_urlsafe(24) if password is None else password.get_secret_value()
     with connect_or_start(runtime_dir, password=wanted) as server:
         what = "started" if server.owner else "found"
         logger.info("%s the private server %s on %s:%d", what, server.description, server.host, server.port)

@@ -171,12 +171,12 @@ class _Routes:
     async def health(self, request: Request) -> Response:
         """200 when a request would find all that it needs; else 503, and what is missing."""
         try:
-            records = await asyncio.wait_for(self._frontend.instances(), HEALTH_TIMEOUT_S)
+            shards = await asyncio.wait_for(self._frontend.instances_by_shard(), HEALTH_TIMEOUT_S)
         except (SplitwiseError, asyncio.TimeoutError):
             lost = {"status": "unavailable", "redis": "unreachable", "missing": ["redis"]}
             return json_response(lost, 503, {"Retry-After": "1"})
-        missing = missing_roles(records)
-        counts = Counter(record.role.value for record in records)
+        missing = missing_roles(shards)
+        counts = Counter(record.role.value for records in shards for record in records)
         body: dict[str, object] = {
             "status": "unavailable" if missing else "ok",
             "redis": "ok",

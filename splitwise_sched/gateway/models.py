@@ -29,11 +29,12 @@ class ServedModel:
     tokenizer: Tokenizer
 
 
-def missing_roles(records: Sequence[InstanceRecord]) -> list[str]:
-    """Kinds of instances that must be there to answer a request, and are not."""
-    roles = {record.role for record in records}
+def missing_roles(shards: Sequence[Sequence[InstanceRecord]]) -> list[str]:
+    """Kinds of instances that must be there to answer a request, and are not, in the shard that lacks the least."""
     wanted = (("prefill", PREFILL_ROLES), ("decode", DECODE_ROLES))
-    return [name for name, capable in wanted if roles.isdisjoint(capable)]
+    present = [{record.role for record in records} for records in shards]
+    lacking = ([name for name, capable in wanted if roles.isdisjoint(capable)] for roles in present)
+    return min(lacking, key=len)
 
 
 def limits(records: Sequence[InstanceRecord]) -> dict[str, int]:
@@ -64,7 +65,8 @@ class ServedModels:
                 cannot be read here.
             StoreUnavailable: nobody knows.
         """
-        records = await self._frontend.instances()
+        shards = await self._frontend.instances_by_shard()
+        records = [record for shard in shards for record in shard]
         topic = self._frontend.settings.scheduler_topic
         if not records:
             raise unavailable(
@@ -77,7 +79,7 @@ class ServedModels:
                 param="model", code="model_not_found",
             )  # fmt: skip
         of_model = [record for record in records if record.model == name]
-        missing = missing_roles(of_model)
+        missing = missing_roles([[record for record in shard if record.model == name] for shard in shards])
         if missing:
             raise unavailable(
                 f"no {' and no '.join(missing)} instance of model {name!r} is live on topic {topic!r}: start one with "

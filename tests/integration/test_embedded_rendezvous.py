@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from splitwise_sched.connection import Connection
 from splitwise_sched.embedded import (
@@ -186,6 +188,32 @@ async def test_settings_without_a_host_come_back_with_a_server_that_carries_the_
 
 def test_settings_with_a_host_start_nothing(tmp_path: Path) -> None:
     settings = SchedulerSettings(scheduler_host="redis.example")
+    with scheduler_server(settings, tmp_path / "r") as same:
+        assert same is settings
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_private_server_lets_nobody_in_who_cannot_read_its_record(tmp_path: Path) -> None:
+    with scheduler_server(SchedulerSettings(), tmp_path / "r") as settings:
+        record = tmp_path / "r" / "server.json"
+        assert record.stat().st_mode & 0o777 == 0o600 and record.parent.stat().st_mode & 0o777 == 0o700
+        stranger = redis.Redis(host=settings.scheduler_host, port=settings.scheduler_port, retry=Retry(NoBackoff(), 0))
+        with stranger, pytest.raises(redis.AuthenticationError):
+            stranger.flushall()
+        assert settings.scheduler_password is not None
+        secret = settings.scheduler_password.get_secret_value()
+        assert len(secret) > 20 and secret not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"scheduler_sentinels": ("s:26379",), "scheduler_sentinel_service": "x"},
+        {"scheduler_cluster_nodes": ("c:6379",)},
+    ],
+)
+def test_settings_with_sentinels_or_a_cluster_start_nothing_either(tmp_path: Path, named: dict[str, object]) -> None:
+    settings = SchedulerSettings(**named)  # type: ignore[arg-type]
     with scheduler_server(settings, tmp_path / "r") as same:
         assert same is settings
     assert not (tmp_path / "r").exists()

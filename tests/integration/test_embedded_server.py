@@ -157,6 +157,35 @@ def test_data_in_a_named_directory_is_there_after_a_restart(tmp_path: Path) -> N
         assert client.get("key") == "kept"
 
 
+def test_data_in_a_named_directory_is_there_after_kill_9_of_the_owner(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib\n"
+        "from splitwise_sched.embedded import EmbeddedServer\n"
+        "server = EmbeddedServer(data_dir=pathlib.Path(sys.argv[1])).start()\n"
+        "print(server.port, server.pid, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with owner:
+        assert owner.stdout is not None
+        port, pid = map(int, owner.stdout.readline().split())
+        with redis.Redis(port=port) as client:
+            client.set("key", "kept")
+        server = psutil.Process(pid)
+        owner.send_signal(signal.SIGKILL)
+        owner.wait(20)
+        server.wait(20)
+    with EmbeddedServer(data_dir=tmp_path) as server_again, connect(server_again) as client:
+        assert client.get("key") == "kept"
+
+
+def test_server_listens_on_loopback_and_nowhere_else() -> None:
+    with EmbeddedServer() as server:
+        listening = [c for c in psutil.Process(server.pid).net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert {c.laddr.ip for c in listening} == {"127.0.0.1"}
+
+
 def test_data_directory_in_use_is_refused(tmp_path: Path) -> None:
     with EmbeddedServer(data_dir=tmp_path), pytest.raises(ConfigError, match="in use by another server"):
         EmbeddedServer(data_dir=tmp_path).start()
