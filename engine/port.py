@@ -127,7 +127,8 @@ class EngineDriver(ABC):
 
         Returns:
             Ids of the ``ceil(num_input_tokens / block_size)`` blocks that KV is to be written into, in block-table
-            order, or None when there is no room now (nothing is allocated; ask again after a later step).
+            order, with ``NOT_WANTED`` in the place of those that are cached here; or None when there is no room now
+            (nothing is allocated; ask again after a later step).
         """
 
     @abstractmethod
