@@ -16,16 +16,16 @@ ServerKind = Literal["redis", "cluster", "sentinel"]
 # What the library sends, and what its scripts call.
 COMMANDS = (
     "ping", "select", "info", "time", "wait", "evalsha", "script|load",
-    "del", "exists", "expire", "pexpire", "rename", "unlink", "get", "mget", "set",
+    "del", "exists", "expire", "persist", "pexpire", "rename", "unlink", "get", "mget", "set",
     "hdel", "hget", "hgetall", "hincrby", "hkeys", "hmget", "hset",
     "sadd", "sismember", "smembers", "srem",
     "zadd", "zcard", "zrange", "zrangebyscore", "zrem", "zremrangebyscore", "zscan", "zscore",
-    "xack", "xadd", "xdel", "xgroup|create", "xgroup|delconsumer", "xinfo|consumers", "xlen", "xpending", "xrange",
-    "xread", "xreadgroup", "xtrim",
+    "xack", "xadd", "xdel", "xgroup|create", "xgroup|delconsumer", "xinfo|consumers", "xinfo|groups",
+    "xinfo|stream", "xlen", "xpending", "xrange", "xread", "xreadgroup", "xtrim",
 )  # fmt: skip
 # What a person who looks into the topic wants besides, and a script of theirs could do with the above.
 LOOKING = (
-    "type", "ttl", "pttl", "strlen", "hlen", "scard", "zcount", "xrevrange", "xinfo|stream", "xinfo|groups",
+    "type", "ttl", "pttl", "strlen", "hlen", "scard", "zcount", "xrevrange",
 )  # fmt: skip
 CLUSTER_COMMANDS = ("asking", "cluster|slots")
 SENTINEL_COMMANDS = ("ping", "sentinel|masters")

@@ -52,19 +52,21 @@ local function room_of(class, tenant)
 end
 
 -- how each ring was served stays while somebody waits, and then for MEMORY_MS
-local function each_memory(command, ...)
-  for _, ring in ipairs(redis.call('HKEYS', P .. 'virtual-time')) do
-    redis.call(command, P .. 'served:' .. ring, ...)
-  end
-  redis.call(command, P .. 'virtual-time', ...)
+local function keep_shares(how_long)
+  for _, ring in ipairs(redis.call('HKEYS', P .. 'virtual-time')) do how_long(P .. 'served:' .. ring) end
+  how_long(P .. 'virtual-time')
 end
+
+local function for_good(key) redis.call('PERSIST', key) end
+
+local function for_a_while(key) redis.call('PEXPIRE', key, MEMORY_MS) end
 
 local function room_is_empty()
   return redis.call('EXISTS', P .. 'waiting') == 0
 end
 
 local function enter_room(id, r)
-  if room_is_empty() then each_memory('PERSIST') end
+  if room_is_empty() then keep_shares(for_good) end
   redis.call('ZADD', room_of(r.class, r.tenant), r.deadline_ms, id)
   activate(P .. 'waiting:' .. r.class, 'class:' .. r.class, r.tenant)
   activate(P .. 'waiting', 'classes', r.class)
@@ -78,7 +80,7 @@ leave_room = function(id, r)
     redis.call('ZREM', P .. 'waiting:' .. r.class, r.tenant)
     if redis.call('EXISTS', P .. 'waiting:' .. r.class) == 0 then redis.call('ZREM', P .. 'waiting', r.class) end
   end
-  if room_is_empty() then each_memory('PEXPIRE', MEMORY_MS) end
+  if room_is_empty() then keep_shares(for_a_while) end
 end
 
 local function next_in(key)
@@ -105,7 +107,7 @@ feed_queue = function()
       place(id, r)
     end
   end
-  if room_is_empty() then each_memory('PEXPIRE', MEMORY_MS) end
+  if room_is_empty() then keep_shares(for_a_while) end
 end
 
 -- a new request goes into the stream, which has `length` entries, when nobody waits and it is short; else into the room
