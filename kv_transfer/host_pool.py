@@ -39,8 +39,8 @@ class TensorPool(BlockPool):
         self.regions = tuple(_bytes_at(region) for region in memory)
 
     @property
-    def host_regions(self) -> tuple[ByteArray, ...]:
-        return self.regions
+    def memory(self) -> tuple[Memory, ...]:
+        return tuple(Memory(region.ctypes.data, region.nbytes, "cpu") for region in self.regions)
 
     def view(self, plan: PairPlan, side: str) -> BlockView:
         return HostView(plan, side, self.layout.num_blocks, self.regions)

@@ -16,6 +16,7 @@ from kv_transfer.layout import KVLayout, placement_of
 from kv_transfer.placement import Placement
 from kv_transfer.plan import PairPlan
 from kv_transfer.pool import BlockPool
+from kv_transfer.tensors import Memory
 from kv_transfer.views import BlockView, ByteArray, HostView
 
 NONCE_BYTES = 16
@@ -95,8 +96,8 @@ class KVPool(BlockPool):
         )
 
     @property
-    def host_regions(self) -> tuple[ByteArray, ...]:
-        return self.regions
+    def memory(self) -> tuple[Memory, ...]:
+        return tuple(Memory(region.ctypes.data, region.nbytes, "cpu") for region in self.regions)
 
     @property
     def buffer(self) -> memoryview:

@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 
 from kv_transfer.layout import KVLayout
 from kv_transfer.plan import PairPlan
-from kv_transfer.views import BlockView, ByteArray
+from kv_transfer.tensors import Memory
+from kv_transfer.views import BlockView
 
 
 class BlockPool(ABC):
@@ -21,8 +22,8 @@ class BlockPool(ABC):
         return None
 
     @property
-    def host_regions(self) -> tuple[ByteArray, ...]:
-        """Each region's bytes, where this process can address them; empty for a pool that is elsewhere."""
+    def memory(self) -> tuple[Memory, ...]:
+        """Where each region is; empty for a pool that does not tell."""
         return ()
 
     @abstractmethod

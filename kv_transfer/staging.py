@@ -64,8 +64,9 @@ class HostDevice(Device):
 class DevicePool(BlockPool):
     """KV blocks in tensors of a device.
 
-    Peers fetch from it by ``tcp`` alone; into it, blocks can be fetched by ``shm`` too. Blocks must be complete on the
-    device, not just queued there, when they are given to ``send_blocks``. Keeps the tensors alive.
+    Peers fetch from it by ``tcp``, and by ``rdma`` where the NIC can register its memory; into it, blocks can be fetched
+    by ``shm`` too. Blocks must be complete on the device, not just queued there, when they are given to ``send_blocks``.
+    Keeps the tensors alive.
     """
 
     def __init__(self, layout: KVLayout, tensors: Sequence[Any], names: Sequence[str], device: Device) -> None:
@@ -77,6 +78,10 @@ class DevicePool(BlockPool):
         placed, self._memory = place_tensors(layout, tensors, names)
         super().__init__(placed)
         self._tensors, self._device = tuple(tensors), device
+
+    @property
+    def memory(self) -> tuple[Memory, ...]:
+        return tuple(self._memory)
 
     def view(self, plan: PairPlan, side: str) -> BlockView:
         return StagedView(plan, side, self.layout.num_blocks, self._memory, self._device)

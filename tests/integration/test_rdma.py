@@ -8,7 +8,6 @@ import gc
 import json
 import logging
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -157,35 +156,43 @@ def test_a_device_taken_down_in_mid_transfer_fails_it_and_leaves_every_other_byt
     assert_moves(other, destination, "r@2")
 
 
-def test_an_abort_does_not_wait_for_a_peer_that_cannot_be_reached_and_other_transfers_go_on(
-    ranks: contextlib.ExitStack,
-) -> None:
-    # The NIC alone would wait for the peer for two minutes.
-    patient = dataclasses.replace(OPTIONS, rdma=RdmaOptions(timeout_exponent=22), silence_s=30.0)
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_an_abort_does_not_wait_for_what_a_peer_never_answers(ranks: contextlib.ExitStack, comes_back: bool) -> None:
+    # What is lost on the wire is asked for again after seventeen seconds, and given up after two minutes.
+    patient = dataclasses.replace(OPTIONS, rdma=RdmaOptions(timeout_exponent=22), silence_s=20.0)
     source, destination = local(ranks, BIG, patient, "prefill", 1), local(ranks, BIG, patient, "decode", 2)
     assert_moves(source, destination, "warm@1")
     wanted = destination.view.copy()
-    for transfer_id, begin in (("given up@1", 100), ("goes on@1", 180)):
+    for transfer_id, begin in (("given up@1", 100), ("other@1", 180)):
         source.send(transfer_id, range(begin, begin + 60))
-    with wire_cut(0):
+    with contextlib.ExitStack() as wire:
+        wire.enter_context(wire_cut(0))
         posted = destination.counters()["rdma_batches_posted_total"]
         destination.receive("given up@1", [source.endpoint], range(100, 160))
-        destination.receive("goes on@1", [source.endpoint], range(180, 240))
+        destination.receive("other@1", [source.endpoint], range(180, 240))
         wait_for(lambda: destination.counters()["rdma_batches_posted_total"] > posted)
+        if comes_back:
+            wire.close()
         began = time.monotonic()
         destination.abort("given up@1", "its user has left")
         assert isinstance(destination.wait("given up@1"), TransferFailed)
-        assert time.monotonic() - began < 15, "far less than the NIC's own patience"
+        assert time.monotonic() - began < 15, "less than the NIC waits for an answer, once"
         destination.view[100:160] = wanted[100:160] = 0xEE
-    assert isinstance(destination.wait("goes on@1"), Received)
-    wanted[180:240] = source.view[180:240]
+        other = destination.wait("other@1")
+    if comes_back:
+        assert isinstance(other, Received), other
+        wanted[180:240] = source.view[180:240]
+    else:
+        assert isinstance(other, TransferFailed)
+        destination.view[180:240] = wanted[180:240] = 0xDD
     assert differing(BIG, destination.view, wanted) == []
     assert destination.counters()["rdma_rebuilds_total"] >= 1
 
 
-def test_ten_thousand_transfers_leave_nothing_behind(ranks: contextlib.ExitStack) -> None:
+def test_thousands_of_transfers_leave_nothing_behind(ranks: contextlib.ExitStack) -> None:
     layout = KVLayout("transformers", "tiny", "float32", 2, 2, 8, 4, 1000)
     source, destination = local(ranks, layout, OPTIONS, "prefill", 1), local(ranks, layout, OPTIONS, "decode", 2)
+    count = int(os.environ.get("RDMA_TRANSFERS", "1000"))
 
     def move(first: int, count: int) -> None:
         for start in range(first, first + count, 100):
@@ -197,25 +204,23 @@ def test_ten_thousand_transfers_leave_nothing_behind(ranks: contextlib.ExitStack
                 assert isinstance(source.wait(f"r{i}"), Sent)
 
     def held() -> dict[str, int]:
-        """What the devices hold for this process, and its resident memory in MiB."""
+        """What the devices hold, this process's descriptors, and its resident memory in MiB."""
         gc.collect()
-        counts: dict[str, int] = {}
-        for kind in ("qp", "cq", "mr", "pd"):
-            shown = json.loads(run("rdma", "-j", "resource", "show", kind) or "[]")
-            counts[kind] = sum(1 for entry in shown if entry.get("pid") == os.getpid())
+        shown = json.loads(run("rdma", "-j", "resource", "show"))
+        totals = {kind: sum(int(device[kind]) for device in shown) for kind in ("qp", "cq", "mr", "pd")}
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return {**counts, "mib": pages * resource.getpagesize() >> 20, "fds": len(os.listdir("/proc/self/fd"))}
+        return {**totals, "fds": len(os.listdir("/proc/self/fd")), "mib": pages * resource.getpagesize() >> 20}
 
-    move(0, 1000)
+    nothing = held()
+    move(0, 500)
     before = held()
-    assert before["qp"] >= 4 and before["mr"] >= 2
-    move(1000, 10_000)
+    assert before["qp"] >= nothing["qp"] + 4 and before["mr"] >= 2
+    move(500, count)
     after = held()
+    print(f"after {count} transfers: {after}, before: {before}")
     assert {k: after[k] for k in after if k != "mib"} == {k: before[k] for k in before if k != "mib"}
-    assert after["mib"] <= before["mib"] + 8
-    assert destination.counters()["received_total"] == 11_000
-    ids = [(7 * i) % 1000 for i in range(10_000, 11_000)]
-    assert differing(layout, destination.view[ids], source.view[[(3 * i) % 1000 for i in range(10_000, 11_000)]]) == []
+    assert after["mib"] <= before["mib"] + 4
+    assert destination.counters()["received_total"] == 500 + count
 
 
 def test_a_peer_without_rdma_is_reached_by_tcp_with_a_warning_and_a_count(
@@ -259,24 +264,27 @@ def test_a_port_that_is_down_a_gid_that_is_not_set_and_a_device_that_is_not_ther
 
 def test_a_limit_of_locked_memory_that_is_too_low_is_named_with_its_remedy() -> None:
     program = textwrap.dedent("""
-        import os, resource
-        from kv_transfer import KVPool, Messenger, TransferFailed, TransferOptions, TransportFailed
+        import resource
+        from kv_transfer import KVPool, Messenger, TransferOptions, TransportFailed
         from tests.integration.kv_rank import LAYOUT
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
-        os.setgid(65534)
-        os.setuid(65534)
         pool = KVPool.allocate(LAYOUT)
         try:
             Messenger(pool, TransferOptions(protocols=("rdma",)), name="m").start()
         except TransportFailed as exc:
             print(exc)
     """)
-    run("chmod", "-R", "a+rw", "/dev/infiniband")
-    # A directory that this user may import from, whatever the mode of its home.
+    # root without the capability that lifts the limit
+    unprivileged = ("setpriv", "--bounding-set", "-ipc_lock", "--inh-caps", "-ipc_lock")
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [*unprivileged, sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
-    assert re.search(r"may lock only 65536 bytes of memory: raise the limit \(ulimit -l unlimited", done.stdout), done
+    assert "may lock only 65536 bytes of memory: raise the limit (ulimit -l unlimited" in done.stdout, done
     assert "Traceback" not in done.stderr
 
 

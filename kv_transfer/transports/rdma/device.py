@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from kv_transfer import sysfs
-from kv_transfer.errors import NicUnavailable, RdmaUnavailable
+from kv_transfer.errors import NicUnavailable, PoolNotServed, RdmaUnavailable
 from kv_transfer.options import RdmaOptions
 from kv_transfer.sysfs import RdmaPort
+from kv_transfer.tensors import Memory
 from kv_transfer.topology import choose_gid, explain_no_port, problem, usable_ports
+from kv_transfer.transports.rdma.gpu_memory import Registration, register_dmabuf
 from kv_transfer.transports.rdma.requests import WorkRequests
 from kv_transfer.transports.rdma.verbs import Verbs, load_verbs
 from kv_transfer.transports.rdma.wire import PortAddress
@@ -114,20 +116,34 @@ class Device:
             f"GID {self.gid_index} {self.gid}"
         )
 
+    def register_memory(self, memory: Memory, how: Registration) -> tuple[Any, int]:
+        """A region of a pool, for the caller to ``deregister``, and the address that work requests name it by.
+
+        Raises:
+            RdmaUnavailable, PoolNotServed: it cannot be registered; says what to do.
+        """
+        if how is not Registration.DMABUF:
+            return self.register(memory.address, memory.num_bytes, is_source=True), memory.address
+        try:
+            return register_dmabuf(self.verbs, self.pd, memory.address, memory.num_bytes, self._access(is_source=True))
+        except self.verbs.Error as exc:
+            raise PoolNotServed(f"the NIC does not take the pool's dmabuf ({exc}): load nvidia_peermem") from exc
+
     def register(self, address: int, num_bytes: int, *, is_source: bool) -> Any:
-        """A memory region, for the caller to close.
+        """A memory region, for the caller to ``deregister``.
 
         Raises:
             RdmaUnavailable: the kernel refuses it, most often for the limit of locked memory.
         """
-        enums = self.verbs.enums
-        access = enums.IBV_ACCESS_LOCAL_WRITE | (enums.IBV_ACCESS_REMOTE_READ if is_source else 0)
-        if self.options.relaxed_ordering:
-            access |= enums.IBV_ACCESS_RELAXED_ORDERING
         try:
-            return self.verbs.MR(self.pd, num_bytes, access, address=address)
+            return self.verbs.MR(self.pd, num_bytes, self._access(is_source=is_source), address=address)
         except self.verbs.Error as exc:
             raise RdmaUnavailable(_explain_registration(exc, num_bytes)) from exc
+
+    def _access(self, *, is_source: bool) -> int:
+        enums = self.verbs.enums
+        access = int(enums.IBV_ACCESS_LOCAL_WRITE) | (int(enums.IBV_ACCESS_REMOTE_READ) if is_source else 0)
+        return access | (int(enums.IBV_ACCESS_RELAXED_ORDERING) if self.options.relaxed_ordering else 0)
 
     def deregister(self, region: Any) -> None:
         """Idempotent as far as the device goes: one that is gone has done it by itself."""

@@ -42,7 +42,7 @@ from kv_transfer.transports.rdma.wire import (
     unpack_pairs,
     unpack_regions,
 )
-from kv_transfer.views import HostView
+from kv_transfer.views import BlockView, HostView
 
 # How long the reads of a cancelled transfer may take to complete by themselves.
 CANCEL_GRACE_S = 0.25
@@ -99,7 +99,7 @@ class RdmaLink(Link):
         *,
         thread: LoopThread,
         device: Device,
-        view: HostView,
+        view: BlockView,
         regions: Sequence[LocalRegion],
         options: TransferOptions,
         peer: RankEndpoint,
@@ -183,6 +183,8 @@ class RdmaLink(Link):
         device, rdma = self._device, self._options.rdma
         count = rdma.queue_pairs
         staged = [part for part in self._parts if not part.is_direct]
+        if staged and not isinstance(self._view, HostView):
+            raise TransportFailed("what moves is in short runs, and cannot be picked out on the device")
         if self._staging is None and staged:
             self._staging = Staging(device, staged)
         self._depth = max(1, min(rdma.queue_depth, device.attributes.max_qp_wr, device.attributes.max_cqe // count))
@@ -311,7 +313,7 @@ class RdmaLink(Link):
         if batch.lane is not None:
             batch.lane.num_reads -= len(batch.reads)
         if batch.slot is not None and self._staging is not None:
-            if not chunk.is_cancelled and batch.dst_ids is not None:
+            if not chunk.is_cancelled and batch.dst_ids is not None and isinstance(self._view, HostView):
                 self._staging.scatter(batch.slot, self._parts[batch.part], self._view.parts[batch.part], batch.dst_ids)
             self._staging.give_back(batch.slot)
         chunk.num_batches -= 1

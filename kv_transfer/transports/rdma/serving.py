@@ -13,6 +13,7 @@ from kv_transfer.transports.rdma.queue_pair import CompletionQueue, QueuePair
 from kv_transfer.transports.rdma.wire import (
     REQUEST_HEAD_BYTES,
     STATUS_NO_RESOURCES,
+    STATUS_NO_ROUTE,
     STATUS_OTHER_LINK,
     STATUS_REFUSED,
     BadHandshake,
@@ -119,11 +120,7 @@ class Server:
         if port.is_roce != self._device.port.is_roce:
             raise _Refused(STATUS_OTHER_LINK)
         self._sessions[task] = token
-        try:
-            own, depth = self._connect(task, port, peers)
-        except self._device.verbs.Error as exc:
-            log.warning("no queue pairs for an RDMA peer: %s", exc)
-            raise _Refused(STATUS_NO_RESOURCES) from exc
+        own, depth = self._connect(task, port, peers)
         address = self._device.address
         writer.write(
             pack_answer(
@@ -140,12 +137,20 @@ class Server:
         """Queue pairs that are ready to be read through, and the reads that each answers at a time."""
         assert self._queue is not None
         depth = min(port.read_depth, self._device.address.read_depth)
-        held = self._held.setdefault(task, [])
-        for peer in peers:
-            pair = QueuePair(self._device, self._queue.verbs_queue, depth=1, max_pieces=1)
-            held.append(pair)
-            self._count("queue_pairs_made", 1)
-            pair.connect(port, peer, depth)
+        held, error = self._held.setdefault(task, []), self._device.verbs.Error
+        try:
+            for _ in peers:
+                held.append(QueuePair(self._device, self._queue.verbs_queue, depth=1, max_pieces=1))
+                self._count("queue_pairs_made", 1)
+        except error as exc:
+            log.warning("no room for queue pairs for an RDMA peer: %s", exc)
+            raise _Refused(STATUS_NO_RESOURCES) from exc
+        try:
+            for pair, peer in zip(held, peers, strict=True):
+                pair.connect(port, peer, depth)
+        except error as exc:
+            log.warning("an RDMA peer cannot be reached: %s", exc)
+            raise _Refused(STATUS_NO_ROUTE) from exc
         return held, depth
 
     def _num_connections(self, session: bytes) -> int:

@@ -19,11 +19,11 @@ from kv_transfer.pool import BlockPool
 from kv_transfer.transports.base import Link, Post, Transport
 from kv_transfer.transports.rdma.device import Device
 from kv_transfer.transports.rdma.fetching import RdmaLink
+from kv_transfer.transports.rdma.gpu_memory import choose_registration
 from kv_transfer.transports.rdma.loop import LoopThread
 from kv_transfer.transports.rdma.requests import LocalRegion
 from kv_transfer.transports.rdma.serving import Server
 from kv_transfer.transports.rdma.wire import RemoteRegion
-from kv_transfer.views import HostView
 
 log = logging.getLogger("kv_transfer")
 
@@ -50,27 +50,29 @@ class RdmaTransport(Transport):
 
     def offer(self) -> Offer:
         host, port, layout = self.options.bind_host, self._own_port(), self.pool.layout
-        if not self.pool.host_regions:
-            raise PoolNotServed("the pool is not in memory that this transport can register")
+        memory = self.pool.memory
+        if not memory:
+            raise PoolNotServed("the pool does not tell where its memory is")
         device = self._device = Device(self.options.rdma, layout.tp_rank, host=host if layout.num_ranks == 1 else "")
-        for region in self.pool.host_regions:
-            self._registered.append(device.register(region.ctypes.data, region.nbytes, is_source=True))
-            self._regions.append(LocalRegion(region.ctypes.data, int(self._registered[-1].lkey)))
+        how = choose_registration(memory[0].device, device.verbs)
+        offered = []
+        for region in memory:
+            registered, address = device.register_memory(region, how)
+            self._registered.append(registered)
+            self._regions.append(LocalRegion(address, int(registered.lkey)))
+            offered.append(RemoteRegion(address, int(registered.rkey), region.num_bytes))
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             sock = socket.create_server((host, port), family=family, backlog=256)
         except OSError as exc:
             raise TransportFailed(f"cannot listen on {host} port {port} for RDMA peers: {exc}") from exc
         self._thread = LoopThread("kv-rdma")
-        offered = [
-            RemoteRegion(local.address, int(registered.rkey), region.nbytes)
-            for local, registered, region in zip(self._regions, self._registered, self.pool.host_regions, strict=True)
-        ]
         self._server = Server(sock, device, offered, self.leases, self._count)
         self._start(self._thread, self._server, device)
         log.info(
-            "KV transfer by RDMA: %s; %d bytes of host memory registered in %d regions",
+            "KV transfer by RDMA: %s; %s, %d bytes in %d regions",
             device.describe(),
+            how.value,
             self.pool.layout.pool_bytes,
             len(offered),
         )
@@ -85,18 +87,18 @@ class RdmaTransport(Transport):
         port = offer.get("port")
         if not isinstance(port, int) or not 1 <= port <= 65535:
             return "its offer has no usable port"
-        if self._device is not None and offer.get("link_layer") != self._device.port.link_layer:
+        if self._device is None or self._thread is None:
+            return "our own pool is not registered"
+        if offer.get("link_layer") != self._device.port.link_layer:
             return f"its device is on {offer.get('link_layer')}, ours on {self._device.port.link_layer}"
         return None
 
     def open_link(self, peer: RankEndpoint, data_token: bytes, plan: PairPlan) -> Link:
         assert self._thread is not None and self._device is not None
-        view = self.pool.view(plan, "dst")
-        assert isinstance(view, HostView), "what is registered is host memory"
         link = RdmaLink(
             thread=self._thread,
             device=self._device,
-            view=view,
+            view=self.pool.view(plan, "dst"),
             regions=self._regions,
             options=self.options,
             peer=peer,

@@ -18,10 +18,11 @@ MAGIC = b"KVRDMA\x00\x01"
 MAX_QUEUE_PAIRS = 64
 MAX_REGIONS = 2 * 4096
 GID_BYTES = 16
-STATUS_OK, STATUS_REFUSED, STATUS_NO_RESOURCES, STATUS_OTHER_LINK = range(4)
+STATUS_OK, STATUS_REFUSED, STATUS_NO_RESOURCES, STATUS_OTHER_LINK, STATUS_NO_ROUTE = range(5)
 STATUS_REASONS = {
     STATUS_REFUSED: "the peer does not know this session",
     STATUS_NO_RESOURCES: "the peer's device has no room for more queue pairs",
+    STATUS_NO_ROUTE: "the peer's device finds no way to ours: check GID index, VLAN and route",
     STATUS_OTHER_LINK: "one port is RoCE, the other InfiniBand: name devices of one fabric",
 }
 _REQUEST = struct.Struct(f"<{len(MAGIC)}s{TOKEN_BYTES}s")
