@@ -64,9 +64,9 @@ class HostDevice(Device):
 class DevicePool(BlockPool):
     """KV blocks in tensors of a device.
 
-    Peers fetch from it by ``tcp``, and by ``rdma`` where the NIC can register its memory; into it, blocks can be fetched
-    by ``shm`` too. Blocks must be complete on the device, not just queued there, when they are given to ``send_blocks``.
-    Keeps the tensors alive.
+    Peers fetch from it by ``tcp``, and by ``rdma`` where the NIC can register its memory; into it, blocks can be
+    fetched by ``shm`` too. Blocks must be complete on the device, not just queued there, when they are given to
+    ``send_blocks``. Keeps the tensors alive.
     """
 
     def __init__(self, layout: KVLayout, tensors: Sequence[Any], names: Sequence[str], device: Device) -> None:
