@@ -50,11 +50,16 @@ class Connection:
 
     ``connect`` before anything else; ``close`` frees the connections. Replies raise StoreUnavailable when Redis could
     not be reached for ``redis_timeout_s``.
+
+    Attributes:
+        address: what the settings name.
+        server, node, advice: name and version of the server that ``connect`` found, its address, and what its owner
+            had better change.
     """
 
     def __init__(self, settings: SchedulerSettings, shard: int = 0) -> None:
         self.keys = Keys(settings.scheduler_topic, shard)
-        self.server = ""
+        self.server, self.node = "", ""
         self.advice: list[str] = []
         limit, shards = settings.scheduler_max_size, settings.scheduler_shards
         self.max_size = limit if limit < 0 else -(-limit // shards)
@@ -90,7 +95,8 @@ class Connection:
         # First what INFO says: a server of another kind refuses most of the rest, and for reasons that mislead.
         texts = await self._granted([("INFO", section) for section in SECTIONS])
         info = {name: value for text in texts for name, value in info_fields(text).items()}
-        self.server = check_server(info, self.address, self._settings)
+        self.node = self._lane.link.peer or self.address
+        self.server = check_server(info, self.node, self._settings)
         await self._granted(
             [
                 *(("SCRIPT", "LOAD", text) for text in self._texts.values()),
@@ -98,7 +104,7 @@ class Connection:
                 *([("WAIT", "0", "1")] if self.waits_for_replicas else []),
             ]
         )
-        self.advice = advice(info, self.address, self._settings)
+        self.advice = advice(info, self.node, self._settings)
         for sentence in self.advice:
             logger.warning("%s", sentence)
 

@@ -59,6 +59,11 @@ class Link:
         return await self._asked.wire()
 
     @property
+    def peer(self) -> str:
+        """host:port of who is connected to; "" for a unix socket, and without a connection."""
+        return f"{self._host}:{self._made.port}" if self._host else ""
+
+    @property
     def _host(self) -> str:
         return getattr(self._made, "host", "")
 

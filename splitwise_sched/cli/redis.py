@@ -48,9 +48,10 @@ def command(server: PrivateServerSettings, scheduler: SchedulerSettings) -> None
 
 def _check(settings: SchedulerSettings) -> None:
     for connection in asyncio.run(check(settings)):
+        shard = f", shard {connection.keys.shard}" if settings.scheduler_shards > 1 else ""
         click.echo(
-            f"{connection.server} at {connection.address} can carry topic {settings.scheduler_topic!r}: it answers, "
-            "grants access, is new enough, and does not evict"
+            f"{connection.server} at {connection.node} can carry topic {settings.scheduler_topic!r}{shard}: it "
+            "answers, grants access, is new enough, and does not evict"
         )
         for advice in connection.advice:
             click.echo(f"advice: {advice}")
