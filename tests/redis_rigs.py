@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -515,9 +515,13 @@ class Migration:
     def move(self, num_keys: int) -> int:
         """Move at most so many keys; returns how many there were to move."""
         keys = self.source.ask("CLUSTER", "GETKEYSINSLOT", self.slot, num_keys)
+        self.move_keys(keys)
+        return len(keys)
+
+    def move_keys(self, keys: Sequence[str]) -> None:
+        """Move these."""
         if keys:
             self.source.ask("MIGRATE", HOST, self.target.port, "", 0, 5000, "KEYS", *keys)
-        return len(keys)
 
     def finish(self) -> None:
         """All keys are moved: the slot is the target's."""

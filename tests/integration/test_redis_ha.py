@@ -13,9 +13,10 @@ from splitwise_sched.discovery import servers_of
 from splitwise_sched.errors import SplitwiseError, StoreUnavailable, StoreUnsuitable
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.keys import Keys
+from splitwise_sched.records import DecodeAssigned
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.store import Store
-from splitwise_sched.types import Role
+from splitwise_sched.types import FinishReason, Role
 from tests.conftest import missing
 from tests.integration.test_scheduler import request_of, tokens_of
 from tests.integration.toy import ToyInstance, toy_answer, until
@@ -173,11 +174,45 @@ async def test_a_script_does_nothing_at_all_while_its_slot_is_in_two_places(clus
         await asyncio.to_thread(migration.finish)
         assert await asyncio.wait_for(cancelling, 20)
         await asyncio.wait_for(submitting, 20)
-        assert [o.finish_reason for o in [o async for o in done]][-1] == "cancelled"
+        assert [o.finish_reason for o in [o async for o in done]][-1] is FinishReason.CANCELLED
         after = await onlooker.counters()
         await onlooker.close()
         assert int(after["submitted"]) == int(counters["submitted"]) + 1
         assert int(after["cancelled"]) == int(counters.get("cancelled", 0)) + 1
+    cluster.migrate(slot_of(TOPIC), migration.source)
+
+
+async def test_a_script_does_not_stop_halfway_at_a_key_that_has_left(cluster):
+    settings = settings_of(cluster)
+    onlooker = Store(settings)
+    async with (
+        ToyInstance(settings, Role.PREFILL, "p0"),
+        ToyInstance(settings, Role.DECODE, "d0") as decode,
+        FrontEnd(settings) as frontend,
+    ):
+        decode.gate.clear()
+        stream = await frontend.submit(request_of("held"))
+        await decode.wait_for(DecodeAssigned)
+        keys, instance_id = onlooker.keys, decode.session.instance_id
+        migration = cluster.migration(slot_of(TOPIC))
+        await asyncio.to_thread(migration.begin)
+        # All that the script declares is where it was; what it comes to by what the record says is not.
+        await asyncio.to_thread(migration.move_keys, [keys.inbox(instance_id)])
+        held = await onlooker.request_record("held")
+        cancelling = asyncio.create_task(frontend.cancel("held", "for a test"))
+        for _ in range(20):
+            record = await onlooker.request_record("held")
+            assert {record[name] for name in ("state", "inbox_entry", "epoch")} == {
+                held[name] for name in ("state", "inbox_entry", "epoch")
+            }
+            assert await onlooker.inbox_depth(instance_id) == 1
+        while await asyncio.to_thread(migration.move, 20):
+            pass
+        await asyncio.to_thread(migration.finish)
+        assert await asyncio.wait_for(cancelling, 20)
+        assert [o async for o in stream][-1].finish_reason is FinishReason.CANCELLED
+        assert await onlooker.inbox_depth(instance_id) == 0
+        await onlooker.close()
     cluster.migrate(slot_of(TOPIC), migration.source)
 
 
