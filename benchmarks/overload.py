@@ -28,12 +28,12 @@ from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.types import Request, SamplingParams
 
 OVERLOAD = 3.0
-TIMEOUT_S = 2.0
+TIMEOUT_S = 3.0
 WARM_UP_S, AFTER_S, AFTER_LOAD = 3.0, 10.0, 0.5
-# Decode holds a request while it is in prefill too.
+# Long enough that what the machine does beside it matters little.
 SERVICES = {
-    "too few prefill": Service(prefills=4, prefill_s=0.05, decodes=2, slots=40, decode_s=0.4),
-    "too few decode": Service(prefills=10, prefill_s=0.05, decodes=2, slots=16, decode_s=0.35),
+    "too few prefill": Service(prefills=8, prefill_s=0.1, decodes=2, slots=80, decode_s=0.7),
+    "too few decode": Service(prefills=16, prefill_s=0.1, decodes=2, slots=32, decode_s=0.7),
 }
 PROMPT = tuple(range(1000, 1064))
 DEPTH_PERIOD_S = 0.1

@@ -37,8 +37,8 @@ class Service:
 
     @property
     def capacity(self) -> float:
-        """Requests a second."""
-        return min(self.prefills / self.prefill_s, self.decodes * self.slots / self.decode_s)
+        """Requests a second. Decode holds a request while it is in prefill too."""
+        return min(self.prefills / self.prefill_s, self.decodes * self.slots / self.service_s)
 
     @property
     def service_s(self) -> float:

@@ -12,11 +12,11 @@ local lease = redis.call('HMGET', KEYS[1], 'role', 'avoids_until_ms')
 local role = lease[1]
 if not role then return redis.error_reply('FENCED the lease of ' .. me .. ' has lapsed') end
 local now = now_ms()
-local avoids_some = lease[2] and tonumber(lease[2]) > now
+local avoids_some = number(lease[2]) > now
 
 local function is_avoided(instance)
   local until_ms = redis.call('HGET', P .. 'pair:' .. me .. '|' .. instance, 'avoided_until_ms')
-  return until_ms and tonumber(until_ms) > now
+  return number(until_ms) > now
 end
 
 -- decode instances by id, as they are while this script runs: read once, written back at its end; false without a lease
@@ -26,8 +26,9 @@ local function decode_of(instance)
   if known[instance] == nil then
     local v = redis.call('HMGET', P .. 'instance:' .. instance, 'capacity_tokens', 'reserved_tokens', 'block_size',
                          'reserved_requests', 'capacity_requests')
-    known[instance] = v[1] and {capacity = tonumber(v[1]), reserved = tonumber(v[2]), block = tonumber(v[3]),
-                                requests = tonumber(v[4]), max_requests = tonumber(v[5]),
+    local capacity, block = number(v[1]), number(v[3])
+    known[instance] = capacity > 0 and block > 0 and {capacity = capacity, reserved = number(v[2]), block = block,
+                                requests = number(v[4]), max_requests = number(v[5]),
                                 is_avoided = avoids_some and is_avoided(instance)} or false
   end
   return known[instance]
@@ -108,6 +109,10 @@ for i = 4, #ARGV, 4 do
      and r.queue == queue then
     -- The reply to an earlier call was lost on its way.
     result[#result + 1] = {id, 'BOUND', r.decode, r.frontend}
+  elseif r and r.broken and is_live(r.state) then
+    remove_entry({queue = queue, queue_entry = entry})
+    terminate(id, r, 'failed', 'its record has a field that this version does not read: ' .. r.broken, RETAIN)
+    result[#result + 1] = {id, 'STALE', '', ''}
   elseif not r or r.state ~= 'queued' or r.epoch ~= epoch or r.queue_entry ~= entry or r.queue ~= queue then
     remove_entry({queue = queue, queue_entry = entry})
     result[#result + 1] = {id, 'STALE', '', ''}

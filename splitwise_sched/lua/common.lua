@@ -18,14 +18,53 @@ local function now_ms()
   return t[1] * 1000 + math.floor(t[2] / 1000)
 end
 
--- the request's record as a table, or nil; `fields` when not all are of use: "state" first
-local function load(id, fields)
-  fields = fields or FIELDS
-  local values = redis.call('HMGET', P .. 'request:' .. id, unpack(fields))
-  if not values[1] then return nil end
-  local r = {}
-  for i = 1, #fields do r[fields[i]] = values[i] or nil end
+local NAN, LARGEST = 0 / 0, 2 ^ 53
+local NUMBERS = {'epoch', 'attempts', 'input_tokens', 'kv_tokens', 'deadline_ms', 'weight'}
+local TEXTS = {'frontend', 'model', 'class', 'tenant'}
+
+-- what is no number of any use is 0
+local function number(x)
+  local n = tonumber(x) or 0
+  return n > -LARGEST and n < LARGEST and n or 0
+end
+
+-- a record that no script of this version wrote: what is wrong with it, and values that do no harm in the place of that
+local function mend(r)
+  for _, field in ipairs(NUMBERS) do
+    local n = tonumber(r[field]) or NAN
+    if not (n >= 0 and n < LARGEST) then r.broken, r[field] = field, field == 'weight' and '1' or '0' end
+  end
+  for _, field in ipairs(TEXTS) do
+    if not r[field] then r.broken, r[field] = field, '-' end
+  end
   return r
+end
+
+-- the request's record as a table, or nil; `fields` when not all are of use: "state" first. Read as a whole, it has in
+-- `broken` a field that is not what it must be.
+local function load(id, fields)
+  local values = redis.call('HMGET', P .. 'request:' .. id, unpack(fields or FIELDS))
+  if not values[1] then return nil end
+  local r, names = {}, fields or FIELDS
+  for i = 1, #names do r[names[i]] = values[i] or nil end
+  if fields then return r end
+  local epoch, attempts, input = tonumber(r.epoch) or NAN, tonumber(r.attempts) or NAN, tonumber(r.input_tokens) or NAN
+  local kv, deadline, weight = tonumber(r.kv_tokens) or NAN, tonumber(r.deadline_ms) or NAN, tonumber(r.weight) or NAN
+  if math.min(epoch, attempts, input, kv, deadline, weight) >= 0
+     and epoch + attempts + input + kv + deadline + weight < LARGEST
+     and r.frontend and r.model and r.class and r.tenant then
+    return r
+  end
+  return mend(r)
+end
+
+-- who has a lower epoch has nothing to say any more
+local function raise_epoch(id)
+  local key = P .. 'request:' .. id
+  local epoch = redis.pcall('HINCRBY', key, 'epoch', 1)
+  if type(epoch) == 'number' then return epoch end
+  redis.call('HSET', key, 'epoch', 1)
+  return 1
 end
 
 local function is_live(state)
@@ -53,9 +92,10 @@ end
 -- take `tokens` of KV on a live decode instance for one request (negative: give them back)
 local function reserve(instance, tokens, requests)
   local v = redis.call('HMGET', P .. 'instance:' .. instance, 'capacity_tokens', 'reserved_tokens', 'reserved_requests')
-  if not v[1] then return end
-  set_reserved(instance, v[2] + tokens, v[3] + requests)
-  set_load(instance, v[2] + tokens, tonumber(v[1]))
+  local capacity, reserved = number(v[1]), number(v[2]) + tokens
+  if capacity <= 0 then return end
+  set_reserved(instance, reserved, number(v[3]) + requests)
+  set_load(instance, reserved, capacity)
 end
 
 -- tell an instance to forget a run; one that is gone has no control stream and is not given a new one
@@ -72,8 +112,10 @@ local function enqueue(id, epoch, r, queue)
 end
 
 local function remove_entry(r)
-  redis.call('XACK', P .. r.queue, 'prefill', r.queue_entry)
-  redis.call('XDEL', P .. r.queue, r.queue_entry)
+  local queue = P .. (r.queue or 'queue')
+  -- What a record names may be no entry, and no queue.
+  redis.pcall('XACK', queue, 'prefill', r.queue_entry)
+  redis.pcall('XDEL', queue, r.queue_entry)
 end
 
 -- take a request out of the hands of everybody: queue entry, inbox entry, KV reservation; legs other than `from` are told
@@ -86,8 +128,8 @@ local function let_go(id, r, from, why)
   if r.state == 'queued' then forget_preference(id, r) end
   if r.state == 'queued' then owe(r.class, nil, -tonumber(r.input_tokens)) end
   if r.inbox_entry and r.decode then
-    redis.call('XDEL', P .. 'inbox:' .. r.decode, r.inbox_entry)
-    reserve(r.decode, -tonumber(r.kv_reserved or 0), -1)
+    redis.pcall('XDEL', P .. 'inbox:' .. r.decode, r.inbox_entry)
+    reserve(r.decode, -number(r.kv_reserved), -1)
     if r.decode ~= from then drop_from(r.decode, id, r.epoch, why) end
   end
   if r.prefill and r.state == 'prefill' and r.prefill ~= from and r.prefill ~= r.decode then
@@ -98,7 +140,7 @@ end
 
 -- a front end that is gone has no stream and is not given a new one
 local function notify(frontend, id, value)
-  redis.call('XADD', P .. 'out:' .. frontend, 'NOMKSTREAM', 'MAXLEN', '~', '200000', '*', id, value)
+  redis.call('XADD', P .. 'out:' .. (frontend or ''), 'NOMKSTREAM', 'MAXLEN', '~', '200000', '*', id, value)
 end
 
 -- a reason as it is kept and told: what an instance or a user says may be of any length
@@ -127,7 +169,7 @@ end
 local function lose(id, r, from, why)
   why = cut(why)
   let_go(id, r, from, why)
-  local epoch = redis.call('HINCRBY', P .. 'request:' .. id, 'epoch', 1)
+  local epoch = raise_epoch(id)
   redis.call('HSET', P .. 'request:' .. id, 'state', 'lost', 'reason', why)
   remember_run(id, r, why)
   notify(r.frontend, id, epoch .. ':0::' .. cjson.encode({lost = why}))
@@ -148,7 +190,7 @@ end
 local function terminate(id, r, state, why, retain_ms)
   why = cut(why)
   let_go(id, r, '', why)
-  local epoch = redis.call('HINCRBY', P .. 'request:' .. id, 'epoch', 1)
+  local epoch = raise_epoch(id)
   close(id, state, why, retain_ms)
   local finish = state
   if state == 'failed' then

@@ -17,7 +17,7 @@ if not is_with(ARGV[4], r) then return 0 end
 let_go(id, r, ARGV[4], 'it is finished')
 if #ARGV > 7 then redis.call('HSET', KEYS[1], unpack(ARGV, 8)) end
 local num_done = close(id, 'done', ARGV[7], tonumber(ARGV[6]))
-if num_done % ONE_IN == 1 and r.class and r.claimed_ms then
+if num_done % ONE_IN == 1 and r.class and number(r.claimed_ms) > 0 then
   local key, took = P .. 'service-ms', now_ms() - r.claimed_ms
   local known = tonumber(redis.call('HGET', key, r.class) or took)
   redis.call('HSET', key, r.class, string.format('%.1f', known + (took > known and UP or DOWN) * (took - known)))

@@ -25,7 +25,7 @@ local function place(id, r)
   enqueue(id, r.epoch, r, queue)
   if queue then
     local wait_ms = redis.call('HGET', P .. 'request:' .. id, 'prefer_ms')
-    redis.call('ZADD', P .. 'preferred', now_ms() + tonumber(wait_ms), id)
+    redis.call('ZADD', P .. 'preferred', now_ms() + number(wait_ms), id)
   end
 end
 

@@ -10,7 +10,7 @@ local BACKLOG, RATE = P .. 'backlog', P .. 'prefill-rate'
 local DOUBT = 1.25 -- rates of late are not those to come
 
 owe = function(class, weight, tokens)
-  local owed = redis.call('HINCRBY', BACKLOG, 'owed:' .. class, tokens)
+  local owed = redis.call('HINCRBY', BACKLOG, 'owed:' .. class, string.format('%d', tokens))
   if weight and owed == tokens then redis.call('HSET', BACKLOG, 'weight:' .. class, weight) end
 end
 

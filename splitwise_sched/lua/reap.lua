@@ -32,7 +32,7 @@ local function take_claims(queue)
       taken = taken + 1
       if r.state == 'queued' then
         forget_preference(id, r)
-        enqueue(id, redis.call('HINCRBY', P .. 'request:' .. id, 'epoch', 1), r)
+        enqueue(id, raise_epoch(id), r)
       elseif r.state == 'prefill' then
         lose(id, r, me, why)
       end

@@ -22,7 +22,7 @@ if r and ARGV[13] == '2' and r.epoch == ARGV[5] and (r.state == 'prefill' or r.s
   r = load(id)
 end
 if r and r.state == 'done' and ARGV[13] == '1' then
-  r.epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
+  r.epoch = raise_epoch(id)
 elseif r and r.state ~= 'lost' and not (r.state == 'cancelled' and redis.call('HGET', KEYS[1], 'orphaned')) then
   redis.call('UNLINK', KEYS[5])
   if is_live(r.state) then return {'HELD', r.state} end

@@ -15,7 +15,7 @@ if seen[1] then
   if seen[2] == ARGV[4] then return {'QUEUED', tonumber(seen[3])} end
   return {'DUPLICATE', seen[1]}
 end
-local waiting = tonumber(redis.call('HGET', KEYS[4], 'waiting') or 0)
+local waiting = tonumber(redis.call('HGET', KEYS[4], 'waiting')) or 0
 local limit = tonumber(ARGV[5])
 local length = redis.call('XLEN', KEYS[2])
 local depth = length + waiting + redis.call('ZCARD', P .. 'preferred')

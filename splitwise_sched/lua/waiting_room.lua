@@ -101,7 +101,7 @@ feed_queue = function()
     local cost = r and tonumber(r.kv_tokens) or 0
     charge(P .. 'waiting:' .. class, 'class:' .. class, tenant, cost,
            redis.call('EXISTS', room_of(class, tenant)) == 1)
-    charge(P .. 'waiting', 'classes', class, cost / (r and tonumber(r.weight) or 1),
+    charge(P .. 'waiting', 'classes', class, cost / math.max(r and tonumber(r.weight) or 1, 0.001),
            redis.call('EXISTS', P .. 'waiting:' .. class) == 1)
     if r and r.state == 'queued' and not r.queue_entry then
       place(id, r)

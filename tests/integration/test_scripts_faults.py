@@ -37,11 +37,11 @@ FAULTS: dict[str, tuple[str, str, str, list[tuple[Any, ...]]]] = {
         [*PREFILLED, ("step", RUN)],
     ),
     "entries are deleted but stay pending": (
-        "common", "  redis.call('XACK', P .. r.queue, 'prefill', r.queue_entry)\n", "",
+        "common", "  redis.pcall('XACK', queue, 'prefill', r.queue_entry)\n", "",
         [*PREFILLED, ("step", RUN)],
     ),
     "let_go keeps the reservation": (
-        "common", "    reserve(r.decode, -tonumber(r.kv_reserved or 0), -1)\n", "",
+        "common", "    reserve(r.decode, -number(r.kv_reserved), -1)\n", "",
         [*PREFILLED, ("step", RUN), ("finish", RUN)],
     ),
     "prefill is not told that its run is over": (
@@ -91,7 +91,7 @@ FOUND_AT_RANDOM = ("step leaves the queue's entry", "let_go keeps the reservatio
 
 # What is wrong in the waiting room, which is found only when requests come into it.
 ROOM_FAULTS = {
-    "weights are not looked at": ("cost / (r and tonumber(r.weight) or 1)", "cost"),
+    "weights are not looked at": ("cost / math.max(r and tonumber(r.weight) or 1, 0.001)", "cost"),
     "a flow that was idle has saved its share up": ("math.max(now, ended)", "ended"),
     "a flow that comes back has not been served before": ("math.max(now, ended)", "now"),
     "a class that is empty stays in its ring": (
