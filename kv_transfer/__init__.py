@@ -18,6 +18,7 @@ from kv_transfer.errors import (
 )
 from kv_transfer.events import Received, Sent, TransferEvent, TransferFailed, TransferStats
 from kv_transfer.host_pool import TensorPool
+from kv_transfer.lanes import LaneReport
 from kv_transfer.layout import KVLayout, check_compatible
 from kv_transfer.memory import KVPool
 from kv_transfer.messenger import Messenger
@@ -40,6 +41,7 @@ __all__ = [
     "KVLayout",
     "KVPool",
     "KVTransferError",
+    "LaneReport",
     "LayoutMismatch",
     "Messenger",
     "MessengerClosed",

@@ -15,6 +15,7 @@ from kv_transfer.effects import Cancel, Effect, Fetch, PeerKey, Report, Tell, To
 from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.errors import LayoutMismatch, ProtocolError, TransportFailed
 from kv_transfer.events import Received, TransferEvent, TransferFailed
+from kv_transfer.lanes import LaneReport
 from kv_transfer.options import TransferOptions
 from kv_transfer.pairing import grid_of, source_ranks
 from kv_transfer.peer import Peer, PeerState
@@ -107,6 +108,16 @@ class DestinationSide:
             if peer.state is PeerState.UP:
                 self._make_ready(leg.token, peer.lane, now)
 
+    def connect(self, source: Sequence[RankEndpoint], now: float) -> None:
+        """Begin to reach a source's ranks before there is a transfer."""
+        try:
+            self._plan_legs(source, now)
+        except (LayoutMismatch, ProtocolError, TransportFailed) as exc:
+            log.warning("cannot fetch from %s: %s", source[0].describe(), exc)
+
+    def lanes(self, now: float) -> list[LaneReport]:
+        return [peer.report(now) for peer in self._peers.values()]
+
     def abort(self, transfer_id: str, reason: str, peer: str) -> None:
         if transfer_id in self._receives:
             self._run(transfer_id, self._receives[transfer_id].abort(reason, peer))
@@ -138,13 +149,13 @@ class DestinationSide:
             self._link_down(event.link, event.reason)
         elif isinstance(event, Fetched):
             peer = self._links.get(event.link)
-            chunk = peer.queue.done(event.chunk_id) if peer is not None else None
+            chunk = peer.fetched(event.chunk_id, now) if peer is not None else None
             if peer is not None and chunk is not None:
                 if peer.sums is not None and chunk.sums is not None:
                     self._checker.check(peer.sums, chunk, chunk.sums)
                 else:
                     self._run_token(chunk.token, lambda t: t.fetched(chunk.token, len(chunk.dst_ids)))
-                peer.pump()
+                peer.pump(now)
         elif isinstance(event, Refusal):
             self._refused.setdefault(event.token, (now + REFUSAL_GRACE_S, event.reason))
         elif isinstance(event, Cancelled):
@@ -259,7 +270,7 @@ class DestinationSide:
             self._run_own(
                 peer, message.token, lambda t: t.blocks(message.token, message.first_index, ids, message.sums)
             )
-            peer.pump()
+            peer.pump(now)
         elif isinstance(message, End):
             self._run_own(peer, message.token, lambda t: t.end(message.token, message.aux))
         elif isinstance(message, Confirmed):

@@ -72,6 +72,15 @@ class FetchQueue:
         """A chunk is here, and no longer under way; None when it was dropped."""
         return self._under_way.pop(chunk_id, None)
 
+    @property
+    def num_under_way(self) -> int:
+        return len(self._under_way)
+
+    @property
+    def num_waiting(self) -> int:
+        """Pieces that were asked for and are not under way; each is a chunk or more."""
+        return sum(len(pieces) for pieces in self._waiting.values())
+
     def drop(self, token: Token) -> None:
         """Forget a transfer's chunks, whether waiting or under way."""
         self._waiting.pop(token, None)

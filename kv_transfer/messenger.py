@@ -19,6 +19,7 @@ from kv_transfer.endpoint import Offer, RankEndpoint
 from kv_transfer.errors import InvalidOptions, InvalidTransfer, MessengerClosed, PoolNotServed, TransportFailed
 from kv_transfer.events import TransferEvent, TransferFailed
 from kv_transfer.identity import ProcessIdentity
+from kv_transfer.lanes import LaneReport
 from kv_transfer.layout import MAX_NAME_CHARS
 from kv_transfer.leases import LeaseTable
 from kv_transfer.options import TransferOptions
@@ -242,6 +243,21 @@ class Messenger:
             transfer_id, lambda now: self._destination.open(transfer_id, endpoints, checked_ids, deadline_s, now)
         )
 
+    def connect(self, source: Sequence[RankEndpoint]) -> None:
+        """Begin to reach a source before there is a transfer, so that the first one does not wait for it.
+
+        What stands in the way is logged here, and reported by the first transfer.
+
+        Args:
+            source: the endpoints of all TP ranks of the source instance.
+        Raises:
+            InvalidTransfer: no source.
+        """
+        if not source:
+            raise InvalidTransfer("", "no source was given")
+        endpoints = tuple(source)
+        self._submit(lambda now: self._destination.connect(endpoints, now))
+
     def abort(self, transfer_id: str, reason: str) -> None:
         """Give a transfer up, whichever side of it is here; TransferFailed follows. Does nothing when it has ended."""
 
@@ -268,6 +284,11 @@ class Messenger:
             for key, value in transport.counters().items():
                 values[f"{transport.name}_{key}_total"] = value
         return values
+
+    def lanes(self) -> list[LaneReport]:
+        """The sources that this rank is connected to, and over what; waits for the work of a moment."""
+        with self._turn_lock:
+            return self._destination.lanes(time.monotonic()) if self._control is not None else []
 
     def __enter__(self) -> Messenger:
         self.start()

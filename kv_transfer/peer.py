@@ -15,8 +15,9 @@ from kv_transfer.counters import Counters
 from kv_transfer.effects import Token
 from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.errors import TransportFailed
-from kv_transfer.fetch_queue import FetchQueue
+from kv_transfer.fetch_queue import Chunk, FetchQueue
 from kv_transfer.handshake import greet, is_proof, proof
+from kv_transfer.lanes import LaneReport
 from kv_transfer.options import TransferOptions
 from kv_transfer.plan import PairPlan
 from kv_transfer.protocol import Message, Ping, Prove, Ready, Welcome, encode
@@ -73,6 +74,9 @@ class Peer:
         self._last_ping = now
         self._options, self._control, self._counters = options, control, counters
         self._reasons: list[str] = []
+        self._num_bytes = self._num_chunks = 0
+        self._busy_s = 0.0
+        self._busy_since: float | None = None
         self._outbox: list[Message] = []
         self._candidates = [t for t in transports if self._can_reach(t)]
         if not self._candidates:
@@ -143,12 +147,41 @@ class Peer:
             self._last_ping = now
             self._send(Ping())
 
-    def pump(self) -> None:
+    def pump(self, now: float) -> None:
         """Fetch what may be fetched now."""
         if self.state is not PeerState.UP or self.link is None:
             return
         while (chunk := self.queue.next()) is not None:
+            if self._busy_since is None:
+                self._busy_since = now
             self.link.fetch(chunk.chunk_id, chunk.token, chunk.src_ids, chunk.dst_ids)
+
+    def fetched(self, chunk_id: int, now: float) -> Chunk | None:
+        """A chunk is here; None when nobody waits for it any more."""
+        chunk = self.queue.done(chunk_id)
+        if chunk is not None:
+            self._num_chunks += 1
+            self._num_bytes += len(chunk.dst_ids) * self.plan.unit_bytes
+        if not self.queue.num_under_way and self._busy_since is not None:
+            self._busy_s += now - self._busy_since
+            self._busy_since = None
+        return chunk
+
+    def report(self, now: float) -> LaneReport:
+        is_downgraded = self.state is PeerState.UP and self.lane != self._first_choice
+        return LaneReport(
+            peer=self.name,
+            state=self.state.value,
+            lane=self.lane,
+            instead_of=self._first_choice if is_downgraded else "",
+            num_transfers=len(self.tokens),
+            num_bytes=self._num_bytes,
+            num_chunks=self._num_chunks,
+            num_descriptors=self.link.num_descriptors if self.link is not None else 0,
+            busy_s=self._busy_s + (0.0 if self._busy_since is None else now - self._busy_since),
+            under_way_chunks=self.queue.num_under_way,
+            waiting_chunks=self.queue.num_waiting,
+        )
 
     def hang_up(self) -> None:
         """Let go of the control connection; the link is its owner's to close."""

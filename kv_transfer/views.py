@@ -171,15 +171,7 @@ class PartView:
 
     def iovecs(self, ids: IntArray) -> Iovecs:
         """Contiguous stretches, those that touch as one; in the order of units, then of the part's dimensions."""
-        starts, run = self._run_starts(ids).reshape(-1), self.part.shape[-1]
-        if not len(starts):
-            return np.empty((0, 2), np.uint64)
-        firsts = np.flatnonzero(np.diff(starts, prepend=-1 - run) != run)
-        ends = starts[np.append(firsts[1:], len(starts)) - 1] + run
-        found = np.empty((len(firsts), 2), np.uint64)
-        found[:, 0] = starts[firsts] + self._region.ctypes.data
-        found[:, 1] = ends - starts[firsts]
-        return found
+        return stretches(self._starts(ids) + self._region.ctypes.data, self.part.shape, self._side.strides)
 
     def runs(self, ids: IntArray) -> Iterator[list[memoryview]]:
         """Run by run, in the order of the part's dimensions: the stretch that each unit has of it."""
@@ -190,10 +182,7 @@ class PartView:
 
     def _run_starts(self, ids: IntArray) -> IntArray:
         """Where each run of each unit begins; [num_units, ...]."""
-        starts = self._starts(ids)
-        for count, stride in zip(self.part.shape[:-1], self._side.strides, strict=True):
-            starts = np.add.outer(starts, np.arange(count, dtype=np.int64) * stride)
-        return starts
+        return _run_starts(self._starts(ids), self.part.shape, self._side.strides)
 
     def _starts(self, ids: IntArray) -> IntArray:
         """Where the part begins in each unit."""
@@ -203,3 +192,22 @@ class PartView:
         blocks, units = np.divmod(ids, self._units)
         starts: IntArray = side.offset + blocks * side.block_stride + units * side.unit_stride
         return starts
+
+
+def stretches(starts: IntArray, shape: Sequence[int], strides: Sequence[int]) -> Iovecs:
+    """Contiguous stretches of parts that begin at ``starts``, those that touch as one; see ``Part`` for the rest."""
+    starts, run = _run_starts(starts, shape, strides).reshape(-1), shape[-1]
+    if not len(starts):
+        return np.empty((0, 2), np.uint64)
+    firsts = np.flatnonzero(np.diff(starts, prepend=-1 - run) != run)
+    ends = starts[np.append(firsts[1:], len(starts)) - 1] + run
+    found = np.empty((len(firsts), 2), np.uint64)
+    found[:, 0] = starts[firsts]
+    found[:, 1] = ends - starts[firsts]
+    return found
+
+
+def _run_starts(starts: IntArray, shape: Sequence[int], strides: Sequence[int]) -> IntArray:
+    for count, stride in zip(shape[:-1], strides, strict=True):
+        starts = np.add.outer(starts, np.arange(count, dtype=np.int64) * stride)
+    return starts

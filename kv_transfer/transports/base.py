@@ -25,7 +25,13 @@ from kv_transfer.reactor import Reactor
 
 
 class Link(ABC):
-    """A destination's way to fetch from one source rank. Methods never wait, and are called one at a time."""
+    """A destination's way to fetch from one source rank. Methods never wait, and are called one at a time.
+
+    Attributes:
+        num_descriptors: contiguous stretches that were moved one by one so far, where a transport counts them.
+    """
+
+    num_descriptors = 0
 
     @abstractmethod
     def fetch(self, chunk_id: int, token: bytes, src_ids: IntArray, dst_ids: IntArray) -> None:

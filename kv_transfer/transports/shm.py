@@ -134,6 +134,7 @@ class _ShmLink(Link):
         self._plan = plan
         self._pool = pool
         self._blocks: BlockCopier | None = None
+        self._stretches_per_unit = sum(part.num_bytes // part.shape[-1] for part in plan.parts)
         self._cancelled: set[bytes] = set()
         self._closed = False
         self.is_down = False
@@ -188,6 +189,7 @@ class _ShmLink(Link):
             return
         try:
             if self._blocks.copy(src_ids, dst_ids, lambda: token in self._cancelled or self._closed):
+                self.num_descriptors += len(src_ids) * self._stretches_per_unit
                 self._post(Fetched(self, chunk_id))
         except MemoryError:
             self._unmap("out of memory")

@@ -138,7 +138,7 @@ class _TcpLink(Link):
                     self._view,
                     self._data_token,
                     on_up=self._up,
-                    on_fetched=lambda chunk_id: self._post(Fetched(self, chunk_id)),
+                    on_fetched=self._fetched,
                     on_refused=lambda token: self._post(
                         Refusal(self, token, "the source does not allow these blocks any more")
                     ),
@@ -148,6 +148,10 @@ class _TcpLink(Link):
                 self._reactor.add(channel)
         except OSError as exc:
             self._down(f"cannot connect to {self._peer.host}: {exc}")
+
+    def _fetched(self, chunk_id: int, num_stretches: int) -> None:
+        self.num_descriptors += num_stretches
+        self._post(Fetched(self, chunk_id))
 
     def _up(self) -> None:
         self._num_connected += 1

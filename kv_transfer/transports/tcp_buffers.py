@@ -60,6 +60,10 @@ class Buffers:
         self._address = self._iovecs.ctypes.data
         self._header = _MsgHdr()
 
+    @property
+    def num_stretches(self) -> int:
+        return len(self._lengths)
+
     def send(self, sock: socket.socket) -> int:
         """Send some; the number of bytes. Raises BlockingIOError when the socket is full."""
         return self._move(_sendmsg, sock, socket.MSG_NOSIGNAL)

@@ -26,6 +26,7 @@ class _Request:
         self.chunk_id, self.token = chunk_id, token
         self.num_bytes = self.left = view.unit_bytes * len(dst_ids)
         self.discarded = False
+        self.num_stretches = 0
         self._view, self._dst_ids = view, dst_ids
         self._packed: ByteArray | None = None
         self._targets: Buffers | None = None
@@ -42,6 +43,7 @@ class _Request:
         else:
             if self._targets is None:
                 self._targets = self._make_targets()
+                self.num_stretches = self._targets.num_stretches
             received = self._targets.receive(sock)
         if not received:
             raise ConnectionLost("closed by the peer")
@@ -71,11 +73,11 @@ class FetchingChannel(Channel):
         data_token: bytes,
         *,
         on_up: Callable[[], None],
-        on_fetched: Callable[[int], None],
+        on_fetched: Callable[[int, int], None],
         on_refused: Callable[[bytes], None],
         on_lost: Callable[[str], None],
     ) -> None:
-        """``sock`` is connecting. ``on_fetched`` gets the chunk's id."""
+        """``sock`` is connecting. ``on_fetched`` gets the chunk's id, and the stretches that it was received into."""
         self.sock = sock
         self._view = view
         self._on_up, self._on_fetched, self._on_refused, self._on_lost = on_up, on_fetched, on_refused, on_lost
@@ -183,5 +185,5 @@ class FetchingChannel(Channel):
             self._in_body = False
             if not request.discarded:
                 request.finish()
-                self._on_fetched(request.chunk_id)
+                self._on_fetched(request.chunk_id, request.num_stretches)
         return received

@@ -22,6 +22,7 @@ from kv_transfer import (
     Sent,
     TransferOptions,
     TransportFailed,
+    UnknownTransport,
 )
 from kv_transfer.placement import packed
 from kv_transfer.plan import units_of
@@ -109,7 +110,10 @@ def lane_options(lane: str, **other: Any) -> TransferOptions:
 @lru_cache(maxsize=16)
 def _obstacle(lane: str) -> str | None:
     with KVPool.allocate(MODEL) as pool:
-        probe = Messenger(pool, TransferOptions(protocols=(lane,)), name="probe")
+        try:
+            probe = Messenger(pool, TransferOptions(protocols=(lane,)), name="probe")
+        except UnknownTransport as exc:
+            return str(exc)
         try:
             probe.start()
         except TransportFailed as exc:

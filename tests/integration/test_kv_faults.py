@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import selectors
 import socket
 import threading
@@ -16,17 +15,19 @@ import numpy as np
 import pytest
 
 from kv_transfer import KVLayout, RankEndpoint, Received, Sent, TransferFailed, TransferOptions
+from kv_transfer.transports.registry import installed_transports
+from tests.integration.kv_instances import lane_options
 from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, RemoteRank, differing, pattern
 
 # RDMA needs devices: it takes part in the VM that has them (make test-rdma).
-LANES = ("shm", "tcp", *(("rdma",) if "RDMA_VM_NICS" in os.environ else ()))
+LANES = installed_transports()
 # Big enough that a stop or a kill hits a transfer while its bytes flow.
 BIG = KVLayout("transformers", "tiny", "float32", 8, 8, 64, 16, 512)
 
 
 def quick(lane: str, **other: float) -> TransferOptions:
     """Peers that give up on each other soon."""
-    return dataclasses.replace(TransferOptions(protocols=(lane,), heartbeat_s=0.2, silence_s=2.0, drain_s=0.5), **other)
+    return dataclasses.replace(lane_options(lane), secret=None, heartbeat_s=0.2, silence_s=2.0, drain_s=0.5, **other)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -24,7 +25,7 @@ from kv_transfer import (
     TransportFailed,
     UnknownTransport,
 )
-from tests.integration.kv_rank import LAYOUT, ROOT, LocalRank, differing
+from tests.integration.kv_rank import LAYOUT, ROOT, WAIT_S, LocalRank, differing
 
 
 @pytest.fixture
@@ -154,3 +155,40 @@ def test_a_full_dev_shm_costs_nobody_a_pool_or_a_transfer() -> None:
     command = [*unshare, f'{fill}; exec "$0" -c "$1"', sys.executable, program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "moved\n", "")
+
+
+def test_a_source_that_was_connected_to_eagerly_is_up_before_the_first_transfer(ranks: contextlib.ExitStack) -> None:
+    source, destination = rank(ranks, "prefill", "shm", "tcp"), rank(ranks, "decode", "tcp")
+    destination.messenger.connect([source.endpoint])
+    until = time.monotonic() + WAIT_S
+    while not (lanes := destination.messenger.lanes()) or lanes[0].state != "up":
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    assert (lanes[0].lane, lanes[0].num_bytes, lanes[0].instead_of) == ("tcp", 0, "")
+    assert isinstance(move(source, destination, source.endpoint), Received)
+    (after,) = destination.messenger.lanes()
+    assert after.num_bytes == 9 * LAYOUT.block_bytes
+    assert after.num_chunks >= 1
+    assert after.num_descriptors >= 1
+    assert (after.num_transfers, after.under_way_chunks, after.waiting_chunks) == (0, 0, 0)
+
+
+def test_what_stands_in_the_way_of_an_eager_connection_is_logged_and_fails_the_first_transfer(
+    ranks: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, destination = rank(ranks, "prefill", "shm"), rank(ranks, "decode", "tcp")
+    with caplog.at_level(logging.WARNING, "kv_transfer"):
+        destination.messenger.connect([source.endpoint])
+        event = move(source, destination, source.endpoint)
+    assert isinstance(event, TransferFailed)
+    assert "the peer does not offer it" in event.reason
+    assert "cannot fetch from prefill" in caplog.text
+
+
+def test_a_downgrade_shows_in_the_report_of_the_lane(ranks: contextlib.ExitStack) -> None:
+    source, destination = rank(ranks, "prefill", "ipc", "tcp"), rank(ranks, "decode", "ipc", "tcp")
+    offers = {name: dict(offer) for name, offer in source.endpoint.transports.items()}
+    offers["shm"]["nonce"] = secrets.token_hex(16)
+    assert isinstance(move(source, destination, changed(source.endpoint, transports=offers)), Received)
+    (lane,) = destination.messenger.lanes()
+    assert (lane.lane, lane.instead_of) == ("tcp", "shm")
