@@ -1,4 +1,4 @@
-"""The transport of docs/transport-guide.md, registered by the line that is shown there, passes the conformance suite."""
+"""The transport of docs/transport-guide.md, registered by the line shown there, passes the conformance suite."""
 
 from __future__ import annotations
 
