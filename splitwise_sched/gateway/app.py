@@ -112,6 +112,7 @@ class _Routes:
         self._api_key = None if settings.api_key is None else settings.api_key.get_secret_value()
         self._service = CompletionService(frontend, ServedModels(frontend, tokenizer), settings)
         self._metrics = GatewayMetrics()
+        self._metrics.unconfirmed_submits.set_function(lambda: frontend.num_unconfirmed)
         self._started = int(time.time())
 
     # ---- completions ---------------------------------------------------------------------------------------------

@@ -28,6 +28,11 @@ class GatewayMetrics:
         self.queue_rejects = Counter(
             f"{prefix}queue_rejects", "Requests refused because the queue was full.", registry=self.registry
         )
+        self.unconfirmed_submits = Gauge(
+            f"{prefix}unconfirmed_submits",
+            "Requests that were queued without a replica's having them in time (--durability wait), since the start.",
+            registry=self.registry,
+        )
         self.prompt_tokens = Counter(f"{prefix}prompt_tokens", "Prompt tokens taken.", registry=self.registry)
         self.output_tokens = Counter(f"{prefix}output_tokens", "Output tokens given.", registry=self.registry)
         self.ttft = Histogram(

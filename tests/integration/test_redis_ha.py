@@ -20,7 +20,7 @@ from splitwise_sched.types import FinishReason, Role
 from tests.conftest import missing
 from tests.integration.test_scheduler import request_of, tokens_of
 from tests.integration.toy import ToyInstance, toy_answer, until
-from tests.redis_rigs import Cluster, SentinelTrio, any_program, slot_of
+from tests.redis_rigs import Cluster, SentinelTrio, any_program, slot_of, wait_until
 
 TOPIC = "ha"
 
@@ -229,6 +229,25 @@ async def test_a_process_that_starts_while_a_master_is_being_made_waits_for_it(r
         else:
             await asyncio.to_thread(rig.wait_for_new_master, slot_of(TOPIC), old)
         await asyncio.to_thread(rig.bring_back, old)
+
+
+async def test_a_request_that_only_the_dead_master_had_is_put_back_by_its_front_end(trio):
+    settings = settings_of(trio, durability="wait", durability_timeout_ms=50)
+    async with FrontEnd(settings) as frontend:
+        replica = trio.replica
+        # The master has no password, and says so to who gives one: the replica follows no more.
+        replica.ask("CONFIG", "SET", "masterauth", "wrong")
+        replica.ask("CLIENT", "KILL", "TYPE", "master")
+        wait_until(lambda: "master_link_status:down" in replica.ask("INFO", "replication"), "the link is cut")
+        streams = [await frontend.submit(request_of(f"alone-{i}")) for i in range(3)]
+        assert [stream.num_replicas for stream in streams] == [0, 0, 0]
+        old = trio.kill_master()
+        replica.ask("CONFIG", "SET", "masterauth", "")
+        await asyncio.to_thread(trio.wait_for_new_master, old)
+        async with ToyInstance(settings, Role.MIXED, "m0"):
+            assert [await tokens_of(s) for s in streams] == [toy_answer(s.request) for s in streams]
+        assert (await frontend.store.counters())["resubmitted"] == "3"
+    await asyncio.to_thread(trio.bring_back, old)
 
 
 async def test_a_service_that_no_sentinel_watches_is_said_with_those_that_they_do(trio):
