@@ -17,7 +17,7 @@ import httpx
 import openai
 import pytest
 
-from engine.demo import die_with_parent
+from splitwise_sched.embedded import die_with_parent
 from splitwise_sched.types import Request, SamplingParams
 from tests.e2e.reference import generate
 from tests.engine_drivers import random_prompt
