@@ -3,6 +3,7 @@
 #   make demo    serve real prompts, disaggregated, and compare every token (DEMO_ARGS="--transport tcp ...")
 #   make test    all tests (PYTEST_ARGS="-k name -x ...")
 #   make check   lint, types, layers and tests
+#   make test-peers   the transports over NIXL and Mooncake, with their wheels
 #   make test-rdma   the RDMA transport on Soft-RoCE devices, in a VM (see docs/rdma.md)
 #   make test-vllm   the vLLM connector and instances, in an environment of their own (3 GB)
 #   make chaos   real processes and faults drawn from a seed: SEED=1 DURATION=60 PLAN=mixed
@@ -29,10 +30,11 @@ CHAOS_ARGS ?=
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check --quiet
+PEER_TESTS := $(addprefix tests/integration/,test_kv_conformance.py test_kv_faults.py)
 RDMA_TESTS := $(addprefix tests/integration/,test_rdma.py test_kv_conformance.py test_kv_faults.py test_kv_lifetime.py)
 benchmarks := $(filter-out common,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
-.PHONY: demo test test-rdma test-vllm lint check chaos soak chaos-bugs bench wheel build clean
+.PHONY: demo test test-peers test-rdma test-vllm lint check chaos soak chaos-bugs bench wheel build clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-installed
@@ -40,6 +42,11 @@ demo: $(VENV)/.demo-installed
 
 test: $(VENV)/.dev-installed
 	$(bin)/python -m pytest $(PYTEST_ARGS)
+
+# A skip would hide that a wheel is not there: so -rs, to be looked at. Mooncake wants the system's libibverbs1.
+test-peers: $(VENV)/.dev-installed
+	$(pip) install --constraint $(VENV)/torch-constraint.txt --editable '.[nixl,mooncake]'
+	$(bin)/python -m pytest -rs -k "nixl or mooncake" $(PEER_TESTS) $(PYTEST_ARGS)
 
 # A TCG machine beside other work is slow: ten minutes at most, and every wait inside allows for that.
 test-rdma: $(VENV)/.dev-installed

@@ -134,8 +134,8 @@ def units_of(block_ids: IntArray, units_per_block: int) -> IntArray:
 
 def merge_runs(src_ids: IntArray, dst_ids: IntArray) -> list[tuple[int, int, int]]:
     """Stretches over which both ids rise by one: ``[(first source id, first destination id, number of blocks)]``."""
-    if len(src_ids) == 0:
-        return []
+    if len(src_ids) < 2:
+        return [(int(src), int(dst), 1) for src, dst in zip(src_ids, dst_ids, strict=True)]
     breaks = np.flatnonzero((np.diff(src_ids) != 1) | (np.diff(dst_ids) != 1)) + 1
     starts = np.concatenate(([0], breaks))
     counts = np.diff(np.concatenate((starts, [len(src_ids)])))

@@ -54,7 +54,7 @@ class ReceiveTicket:
         self.transfer_id = transfer_id
         self.block_ids = _checked_ids(transfer_id, block_ids, num_pool_blocks, least=NOT_WANTED)
         wanted = self.block_ids[self.block_ids != NOT_WANTED]
-        if len(self.block_ids) > MAX_BLOCKS_PER_TRANSFER or len(np.unique(wanted)) != len(wanted):
+        if len(self.block_ids) > MAX_BLOCKS_PER_TRANSFER or _has_repeats(wanted):
             raise InvalidTransfer(transfer_id, "a block is named twice, or there are too many")
 
 
@@ -121,3 +121,10 @@ def _checked_ids(transfer_id: str, block_ids: Sequence[int], num_pool_blocks: in
             transfer_id, f"block ids from {ids.min()} to {ids.max()} in a pool of {num_pool_blocks} blocks"
         )
     return ids
+
+
+def _has_repeats(ids: IntArray) -> bool:
+    if len(ids) < 2:
+        return False
+    ordered = np.sort(ids)
+    return bool((ordered[1:] == ordered[:-1]).any())

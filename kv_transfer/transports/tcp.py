@@ -3,6 +3,11 @@
 Blocks go from the pool into the socket, and from the socket into the pool, with no buffer in between unless what moves
 is in small pieces (heads are sliced) or the pool is not in host memory. The messenger's own thread carries all
 connections.
+
+With a secret, who does not prove on the control connection that it knows it is given no data token, and so reaches no
+block. What goes over the data connections after that is neither encrypted nor signed: who can read or change packets on
+the way can read and change KV, which ``checksum`` notices only where it is an accident. Where that matters, use a tunnel
+(WireGuard, IPsec), which leaves the copying as it is; TLS in this process would take sendmsg's place.
 """
 
 from __future__ import annotations
