@@ -5,9 +5,9 @@ is in small pieces (heads are sliced) or the pool is not in host memory. The mes
 connections.
 
 With a secret, who does not prove on the control connection that it knows it is given no data token, and so reaches no
-block. What goes over the data connections after that is neither encrypted nor signed: who can read or change packets on
-the way can read and change KV, which ``checksum`` notices only where it is an accident. Where that matters, use a tunnel
-(WireGuard, IPsec), which leaves the copying as it is; TLS in this process would take sendmsg's place.
+block. What goes over the data connections after that is neither encrypted nor signed: who can read or change packets
+on the way can read and change KV, and ``checksum`` notices accidents only. Where that matters, use a tunnel (WireGuard,
+IPsec), which leaves the copying as it is; TLS in this process would take sendmsg's place.
 """
 
 from __future__ import annotations
