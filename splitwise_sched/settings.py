@@ -191,7 +191,7 @@ class SchedulerSettings(ServerSettings):
         description="Output tokens for which decode KV is reserved at placement; more comes as it grows.",
     )
     instance_lease_s: float = Field(
-        default=3.0,
+        default=2.0,
         ge=0.3,
         le=300,
         description="An instance that has not renewed its lease for so long is dead to the others.",

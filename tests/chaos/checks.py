@@ -12,7 +12,7 @@ from tests.chaos.fleet import Fleet
 
 LIVE = {s.value for s in (RequestState.QUEUED, RequestState.PREFILL, RequestState.DECODE, RequestState.LOST)}
 STREAMS = ("queue", "preferred:", "inbox:")
-MEMORIES = ("prefill-rate", "virtual-time", "served:")  # measurements, which expire by themselves
+MEMORIES = ("prefill-rate", "service-ms", "virtual-time", "served:")  # measurements, which expire by themselves
 MAX_NAMED = 5
 
 

@@ -38,6 +38,7 @@ class Ledger:
         self.orphans: set[str] = set()
         self.outcomes: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
+        self.refused_with: dict[str, str] = {}
         self.lost: list[str] = []
         self.wrong: list[str] = []
         self.late: list[str] = []
@@ -70,7 +71,9 @@ class Ledger:
         if fault is not None:
             self.wrong.append(f"{request_id}: {fault} ({outcome} {detail})")
         elif outcome == "refused":
-            self.refusals[detail.split(":", 1)[0]] += 1
+            name, _, text = detail.partition(": ")
+            self.refusals[name] += 1
+            self.refused_with.setdefault(name, text)
         elif outcome == "cancelled":
             if ask.cancel_after is None:
                 self.lost.append(f"{request_id}: cancelled, though its user stayed: {detail}")

@@ -120,6 +120,7 @@ class _Run:
             else:
                 await self._end()
         adversary = self.adversary
+        self.notes += [f"first {name}: {text}" for name, text in self.ledger.refused_with.items()]
         return Result(
             spec=spec, server=self.rig.version, load_s=load_s, requests=self.ledger.to_json(), faults=adversary.done,
             skipped=dict(adversary.skipped), lost=self.ledger.lost, wrong=self.ledger.wrong, late=self.ledger.late,
