@@ -43,8 +43,8 @@ class MooncakeTransport(Transport):
         places = region_offer(self.pool)
         host = self.options.public_host
         self._engine = _start_engine(self.options.bind_host)
-        for region in self.pool.host_regions:
-            if self._engine.register_memory(region.ctypes.data, region.nbytes):
+        for region in self.pool.memory:
+            if self._engine.register_memory(region.address, region.num_bytes):
                 raise TransportFailed("Mooncake cannot register the pool")
         return {**places, "session": f"{host}:{self._engine.get_rpc_port()}"}
 
@@ -80,8 +80,8 @@ class MooncakeTransport(Transport):
         self._links.clear()
         if self._engine is None:
             return
-        for region in self.pool.host_regions:
-            self._engine.unregister_memory(region.ctypes.data)
+        for region in self.pool.memory:
+            self._engine.unregister_memory(region.address)
         self._engine = None
 
 

@@ -50,7 +50,7 @@ class NixlTransport(Transport):
     def offer(self) -> Offer:
         self._agent = agent = _start_agent()
         places = region_offer(self.pool)
-        regions = [(r.ctypes.data, r.nbytes, 0, "") for r in self.pool.host_regions]
+        regions = [(r.address, r.num_bytes, 0, "") for r in self.pool.memory]
         try:
             self._registered = agent.register_memory(regions, "DRAM", backends=[_BACKEND])
             record = base64.b64encode(agent.get_agent_metadata()).decode()

@@ -186,10 +186,9 @@ def region_offer(pool: BlockPool) -> Offer:
     Raises:
         PoolNotServed: it is not in host memory.
     """
-    regions = pool.host_regions
-    if not regions:
+    if not pool.memory or any(region.device != "cpu" for region in pool.memory):
         raise PoolNotServed("the pool is not in host memory")
-    return split_text("at", ",".join(f"{region.ctypes.data:x}" for region in regions))
+    return split_text("at", ",".join(f"{region.address:x}" for region in pool.memory))
 
 
 def region_bases(offer: Mapping[str, str | int], peer: RankEndpoint) -> list[int]:
