@@ -11,11 +11,13 @@ from splitwise_sched.errors import (
     Fenced,
     IncompatibleInstance,
     InvalidRequest,
+    NoShardLeft,
     QueueFull,
     RequestFailed,
     SplitwiseError,
     StoreUnavailable,
     StoreUnsuitable,
+    UnknownModel,
 )
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.instance import InstanceSession
@@ -49,6 +51,7 @@ __all__ = [
     "InstanceSession",
     "InvalidRequest",
     "LeaseLost",
+    "NoShardLeft",
     "Output",
     "OutputStream",
     "PrefillAssigned",
@@ -64,4 +67,5 @@ __all__ = [
     "StoreUnavailable",
     "StoreUnsuitable",
     "TokenLogprob",
+    "UnknownModel",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -91,6 +91,31 @@ class IncompatibleInstance(ConfigError):
             f"caches cannot be exchanged: start this one with {field} {theirs!r}, or on another --scheduler-topic"
         )
         self.field, self.mine, self.theirs, self.other_instance = field, mine, theirs, other_instance
+
+
+class NoShardLeft(IncompatibleInstance):
+    """Every shard of the topic serves another model or KV layout than this instance has."""
+
+    def __init__(self, model: str, topic: str, kinds: Sequence[str]) -> None:
+        ConfigError.__init__(
+            self,
+            f"this instance serves {model!r}, and every shard of topic {topic!r} has others, whose KV caches cannot be "
+            f"exchanged with its own ({'; '.join(kinds)}): raise --scheduler-shards in all processes of the topic, or "
+            "start this one on another --scheduler-topic",
+        )
+        self.model, self.kinds = model, tuple(kinds)
+
+
+class UnknownModel(InvalidRequest):
+    """A model that no instance of the topic serves.
+
+    Attributes:
+        served: names of those that are.
+    """
+
+    def __init__(self, model: str, served: Sequence[str]) -> None:
+        super().__init__(f"there is no model {model[:200]!r} here; served are: {', '.join(served)}", param="model")
+        self.model, self.served = model, tuple(served)
 
 
 class Fenced(SplitwiseError):

@@ -25,13 +25,14 @@ from splitwise_sched.errors import (
     RequestFailed,
     SplitwiseError,
     StoreUnavailable,
+    UnknownModel,
 )
 from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.outputs import Lost, decode_outputs
 from splitwise_sched.records import InstanceRecord
 from splitwise_sched.replication import ReplicationWatch
 from splitwise_sched.settings import SchedulerSettings
-from splitwise_sched.shards import Shard, Shards
+from splitwise_sched.shards import FRESH_S, Shard, Shards
 from splitwise_sched.store import NO_PREFERENCE, ORPHANED, Flow, Preference, Store
 from splitwise_sched.sweeper import Sweeper
 from splitwise_sched.tasks import Chores, keep_going
@@ -154,6 +155,7 @@ class FrontEnd:
         Raises:
             InvalidRequest: it could not be served anywhere.
             DuplicateRequest: the topic has seen this id.
+            UnknownModel: the topic has shards, and none serves this model.
             QueueFull: with depth, limit and when to try again.
             DeadlineUnreachable: the same, because it would expire before its end.
             StoreUnavailable: Redis does not answer; the request may be queued nevertheless, and expires there.
@@ -166,7 +168,7 @@ class FrontEnd:
         if request.request_id in self._streams:
             raise DuplicateRequest(request.request_id, "in flight")
         timeout_s = request.timeout_s or self.settings.scheduler_ttl
-        flow, shard = self._flow(request), await self.shards.choose(request.prefer)
+        flow, shard = self._flow(request), await self.shards.choose(request.model, request.prefer)
         preference = await self._preference(request, shard)
         body = encode_request(request)
         nonce = secrets.token_hex(8)
@@ -339,6 +341,9 @@ class FrontEnd:
             return
         try:
             shard = await self._shard_to_go_on_in(stream)
+            if len(self.shards) > 1 and shard.model not in (None, request.model):
+                await self._end(stream, FinishReason.ERROR, str(UnknownModel(request.model, self.shards.served)))
+                return
             await self._renew(shard)
             if stream.assembly.ended:
                 return
@@ -376,11 +381,13 @@ class FrontEnd:
     async def _shard_to_go_on_in(self, stream: OutputStream) -> Shard:
         """Its own, or another when that has had nobody to serve it for some time."""
         shard = self.shards[stream.shard]
-        refuge = self.shards.refuge(shard)
+        if len(self.shards) > 1:
+            await shard.look(FRESH_S)
+        refuge = self.shards.refuge(shard, stream.request.model)
         if refuge is None:
             return shard
         logger.warning(
-            "moving %s from shard %d, which nobody serves, to %d", stream.request_id, shard.index, refuge.index
+            "moving %s from shard %d, which does not serve it, to %d", stream.request_id, shard.index, refuge.index
         )
         # Whatever is still said of it in the old shard is stale from here.
         stream.assembly.raise_epoch(stream.assembly.epoch + EPOCHS_PER_SHARD)
@@ -429,11 +436,10 @@ class FrontEnd:
         try:
             states = await shard.store.request_states([s.request_id for s in streams])
         except SplitwiseError:
-            if self.shards.refuge(shard) is not None:
-                for stream in streams:
+            for stream in streams:
+                if self.shards.refuge(shard, stream.request.model) is not None:
                     self._recover(stream, f"shard {shard.index} does not answer")
             raise
-        is_deserted = self.shards.refuge(shard) is not None
         for stream, known in zip(streams, states, strict=True):
             if stream.assembly.ended or stream.shard != shard.index:
                 continue
@@ -445,7 +451,7 @@ class FrontEnd:
             elif known[0] == ORPHANED:
                 stream.assembly.raise_epoch(known[1])
                 self._recover(stream, "this front end had been taken for dead")
-            elif known[0] == "queued" and is_deserted:
+            elif known[0] == "queued" and self.shards.refuge(shard, stream.request.model) is not None:
                 self._recover(stream, f"nobody serves shard {shard.index}")
             elif known[0] not in ("queued", "prefill", "decode"):
                 self._doubt(stream, known[0], "")

@@ -19,9 +19,16 @@ from typing import Any
 
 from splitwise_sched.codec import decode_request
 from splitwise_sched.connection import BlockingReader, as_dict
-from splitwise_sched.errors import Fenced, IncompatibleInstance, InvalidRequest, SplitwiseError, StoreUnavailable
+from splitwise_sched.errors import (
+    Fenced,
+    IncompatibleInstance,
+    InvalidRequest,
+    SplitwiseError,
+    StoreUnavailable,
+    UnknownModel,
+)
 from splitwise_sched.outputs import encode_output
-from splitwise_sched.placement import check_model, choose_shard, has_company, one_at_a_time, take_census
+from splitwise_sched.placement import choose_shard, has_company, no_shard_left, one_at_a_time, open_to, take_census
 from splitwise_sched.records import (
     Claim,
     DecodeAssigned,
@@ -147,9 +154,13 @@ class InstanceSession:
             return
         async with one_at_a_time(self._settings):
             census = await take_census(self._settings)
-            check_model(self._registration, self._settings.scheduler_topic, census)
             registration = self._registration
-            chosen = choose_shard(registration.name, registration.role, census, wants_company=wants_company)
+            mine = open_to(registration, census)
+            if not any(records is not None for records in mine):
+                if any(records is None for records in census):
+                    raise StoreUnavailable("the shards that answer are of another model or KV layout")
+                raise no_shard_left(registration, self._settings.scheduler_topic, census)
+            chosen = choose_shard(registration.name, registration.role, mine, wants_company=wants_company)
             if chosen is not None and chosen != self.shard:
                 await self._move(chosen)
             await self._register()
@@ -182,7 +193,7 @@ class InstanceSession:
                 if has_company(self._registration.role, await self.store.live_instances()):
                     alone_since = loop.time()
                 elif loop.time() - alone_since > patience_s and not self._frontends and not self._is_draining:
-                    census = await take_census(self._settings)
+                    census = open_to(self._registration, await take_census(self._settings))
                     name, role = self._registration.name, self._registration.role
                     if choose_shard(name, role, census, wants_company=True) not in (None, self.shard):
                         self._wants_company = True
@@ -199,7 +210,7 @@ class InstanceSession:
         reply = await self.store.register(instance_id, self._registration, self._lease_ms)
         if reply[0] != "OK":
             _, other, field, theirs = reply
-            mine = {"model": self._registration.model, **self._registration.must_match}[field]
+            mine = self._registration.kind[field]
             raise IncompatibleInstance(field, mine, theirs, other, self._settings.scheduler_topic)
         if self._is_draining:
             await self.store.drain(instance_id)
@@ -549,7 +560,13 @@ class InstanceSession:
             self.give_back(request_id, epoch, "its body is gone from Redis", retry=True)
             return None
         try:
-            return decode_request(body)
+            request = decode_request(body)
         except InvalidRequest as exc:
             self.give_back(request_id, epoch, str(exc), retry=False)
             return None
+        if request.model != self._registration.model:
+            # With other shards, one of them may serve it.
+            why = str(UnknownModel(request.model, [self._registration.model]))
+            self.give_back(request_id, epoch, why, retry=self._settings.scheduler_shards > 1)
+            return None
+        return request

@@ -1,8 +1,9 @@
 """Which shard of its topic an instance serves.
 
-A shard needs both prefill and decode. So an instance goes where it completes one; else where nobody is yet, so that
-the next of the other kind completes that; else where the fewest of its kind are. Among equals rendezvous hashing
-decides (Thaler and Ravishankar, 1998), so that an instance comes back to where it was.
+A shard needs both prefill and decode, and all its instances have one model and KV that they can exchange; shards of a
+topic may differ in that. So of those that have its kind, or nobody yet, an instance goes where it completes one; else
+where nobody is, so that the next of the other role completes that; else where the fewest of its role are. Among equals
+rendezvous hashing decides (Thaler and Ravishankar, 1998), so that an instance comes back to where it was.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
-from splitwise_sched.errors import IncompatibleInstance, SplitwiseError
+from splitwise_sched.errors import NoShardLeft, SplitwiseError
 from splitwise_sched.records import InstanceRecord, Registration
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.store import Store
@@ -83,11 +84,28 @@ async def take_census(settings: SchedulerSettings) -> Census:
     return [None if isinstance(answer, BaseException) else answer for answer in found]
 
 
-def check_model(registration: Registration, topic: str, found: Census) -> None:
-    """All shards of a topic have one model. Raises IncompatibleInstance."""
-    for record in (record for records in found for record in records or ()):
-        if record.model != registration.model:
-            raise IncompatibleInstance("model", registration.model, record.model, record.instance_id, topic)
+def open_to(registration: Registration, found: Census) -> Census:
+    """The census for an instance of this kind: shards of another kind are None, as if they did not answer."""
+    kind = registration.kind
+    return [
+        None if records is None or any(field_that_differs(kind, record) for record in records) else records
+        for records in found
+    ]
+
+
+def field_that_differs(kind: Mapping[str, str], record: InstanceRecord) -> str | None:
+    """The first by which instances of a kind and this one cannot be in one shard."""
+    return next((name for name, value in kind.items() if record.fields.get(name, value) != value), None)
+
+
+def no_shard_left(registration: Registration, topic: str, found: Census) -> NoShardLeft:
+    """Says what each shard has that this instance has not."""
+    kinds = []
+    for shard, records in enumerate(found):
+        for record in (records or ())[:1]:
+            name = field_that_differs(registration.kind, record) or "model"
+            kinds.append(f"shard {shard}: {record.model!r}, {name} {record.fields.get(name)!r}")
+    return NoShardLeft(registration.model, topic, kinds)
 
 
 @asynccontextmanager

@@ -30,6 +30,11 @@ class Registration:
     max_model_len: int
     details: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> dict[str, str]:
+        """Fields of the lease record that are equal on all instances of a shard."""
+        return {"model": self.model, **self.must_match}
+
 
 @dataclass(frozen=True, slots=True)
 class InstanceRecord:

@@ -13,6 +13,7 @@ from splitwise_sched.errors import (
     RequestFailed,
     SplitwiseError,
     StoreUnavailable,
+    UnknownModel,
 )
 
 RETRY_AFTER_S = 5
@@ -54,6 +55,8 @@ def as_api_error(exc: SplitwiseError) -> ApiError:
     """The answer that ``exc`` becomes."""
     if isinstance(exc, DuplicateRequest):
         return ApiError(409, str(exc), param="X-Request-Id", code="duplicate_request_id")
+    if isinstance(exc, UnknownModel):
+        return ApiError(404, str(exc), param="model", code="model_not_found")
     if isinstance(exc, InvalidRequest):
         return ApiError(400, str(exc), param=exc.param)
     if isinstance(exc, QueueFull):

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from splitwise_sched.errors import ConfigError
+from splitwise_sched.errors import ConfigError, UnknownModel
 from splitwise_sched.frontend import FrontEnd
-from splitwise_sched.gateway.errors import ApiError, unavailable
+from splitwise_sched.gateway.errors import unavailable
 from splitwise_sched.records import InstanceRecord
 from splitwise_sched.tokenizer import Tokenizer
 from splitwise_sched.types import Role
@@ -61,7 +61,8 @@ class ServedModels:
     async def find(self, name: str) -> ServedModel:
         """
         Raises:
-            ApiError: 404 for a model that no instance has; 503 when a kind of instance is missing, or its tokenizer
+            UnknownModel: no instance has it.
+            ApiError: 503 when a kind of instance is missing, or its tokenizer
                 cannot be read here.
             StoreUnavailable: nobody knows.
         """
@@ -74,10 +75,7 @@ class ServedModels:
             )
         served = limits(records)
         if name not in served:
-            raise ApiError(
-                404, f"there is no model {name[:200]!r} here; served are: {', '.join(served)}",
-                param="model", code="model_not_found",
-            )  # fmt: skip
+            raise UnknownModel(name, list(served))
         of_model = [record for record in records if record.model == name]
         missing = missing_roles([[record for record in shard if record.model == name] for shard in shards])
         if missing:

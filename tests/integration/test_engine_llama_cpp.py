@@ -175,15 +175,16 @@ def test_kv_is_taken_into_a_context_whose_free_cells_are_scattered(engine, other
 
 
 def test_context_with_kv_that_is_not_a_number_is_cleared_before_the_next_request(engine, other) -> None:
-    bad, good = greedy(random_prompt(20), request_id="bad"), greedy(random_prompt(33), request_id="good")
+    # The good one writes fewer cells than the bad one leaves, in the same page of cells.
+    bad, good = greedy(random_prompt(60), request_id="bad"), greedy(random_prompt(10), 20, "good")
     expected = run(engine, [good])["good"]
     first, reserved = send(engine, other, bad)
     pool = other.kv_pools[0].as_array()
     digest = digest_of(other.kv_layout.model, bad.prompt_token_ids)
     sealed = pool[reserved].reshape(-1)
-    state = unseal(sealed.copy(), digest, 20)
+    state = unseal(sealed.copy(), digest, 60)
     state[-2000:].view(np.float32)[:] = np.nan
-    sealed[:HEADER_BYTES] = np.frombuffer(seal(state, digest, 20), np.uint8)
+    sealed[:HEADER_BYTES] = np.frombuffer(seal(state, digest, 60), np.uint8)
     sealed[HEADER_BYTES : HEADER_BYTES + len(state)] = state
     pool[reserved] = sealed.reshape(len(reserved), -1)
     other.commit("bad", first)

@@ -16,10 +16,10 @@ from splitwise_sched.types import FinishReason, Request, Role, SamplingParams
 from tests.integration.toy import ToyInstance, settings_for, toy_answer, until
 
 
-def request_of(request_id: str, max_tokens: int = 8, prompt: int = 20, **more: object) -> Request:
+def request_of(request_id: str, max_tokens: int = 8, prompt: int = 20, model: str = "toy", **more: object) -> Request:
     first = 1 + sum(map(ord, request_id)) % 997
     tokens = tuple(range(first, first + prompt))
-    return Request(request_id, "toy", tokens, SamplingParams(max_tokens=max_tokens), **more)
+    return Request(request_id, model, tokens, SamplingParams(max_tokens=max_tokens), **more)
 
 
 async def tokens_of(stream: OutputStream) -> list[int]:

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from splitwise_sched.errors import DuplicateRequest, IncompatibleInstance
+from splitwise_sched.errors import DuplicateRequest, IncompatibleInstance, NoShardLeft, RequestFailed, UnknownModel
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.placement import take_census
 from splitwise_sched.records import LeaseLost
@@ -129,11 +129,101 @@ async def test_an_instance_serves_the_shard_that_it_was_told_to(redis_server, to
             assert await tokens_of(stream) == toy_answer(request)
 
 
-async def test_shards_of_a_topic_have_one_model(redis_server, topic):
+async def test_models_of_a_topic_have_shards_of_their_own_and_requests_go_by_model(redis_server, topic):
+    settings = sharded(redis_server, topic, shards=3)
+    async with (
+        ToyInstance(settings, Role.PREFILL, "p0") as one,
+        ToyInstance(settings, Role.PREFILL, "p1", model="other") as other,
+        ToyInstance(settings, Role.DECODE, "d1", model="other") as other_decode,
+        ToyInstance(settings, Role.DECODE, "d0") as one_decode,
+        FrontEnd(settings) as frontend,
+    ):
+        assert one.session.shard == one_decode.session.shard != other.session.shard == other_decode.session.shard
+        await looked(frontend, *sorted({one.session.shard, other.session.shard}))
+        requests = [request_of(f"r{i}", model=("toy", "other")[i % 2]) for i in range(20)]
+        streams = [await frontend.submit(request) for request in requests]
+        assert [await tokens_of(s) for s in streams] == [toy_answer(r) for r in requests]
+        for request in requests:
+            record = await frontend.request_record(request.request_id)
+            number = "0" if request.model == "toy" else "1"
+            assert (record["prefill"][:2], record["decode"][:2]) == (f"p{number}", f"d{number}")
+        with pytest.raises(UnknownModel, match="no model 'third' here; served are: other, toy"):
+            await frontend.submit(request_of("unknown", model="third"))
+        assert await frontend.request_record("unknown") == {}
+
+
+async def test_engines_of_one_model_share_its_requests_and_never_form_a_pair(redis_server, topic):
     settings = sharded(redis_server, topic)
-    async with ToyInstance(settings, Role.MIXED, "m0"):
-        with pytest.raises(IncompatibleInstance, match="model 'other'"):
-            await ToyInstance(settings, Role.MIXED, "m1", model="other").session.start()
+    async with AsyncExitStack() as stack:
+        for engine in ("a", "b"):
+            for role in (Role.PREFILL, Role.DECODE):
+                name, layout = f"{engine}-{role.value}", {"kv.engine": engine}
+                await stack.enter_async_context(ToyInstance(settings, role, name, must_match=layout))
+        frontend = await stack.enter_async_context(FrontEnd(settings))
+        await looked(frontend, 0, 1)
+        requests = [request_of(f"r{i}") for i in range(40)]
+        streams = [await frontend.submit(request) for request in requests]
+        assert [await tokens_of(s) for s in streams] == [toy_answer(r) for r in requests]
+        records = [await frontend.request_record(r.request_id) for r in requests]
+        assert {(r["prefill"][0], r["decode"][0]) for r in records} == {("a", "a"), ("b", "b")}
+
+
+async def test_instance_for_which_no_shard_is_left_is_refused_with_what_they_have(redis_server, topic):
+    settings = sharded(redis_server, topic)
+    async with ToyInstance(settings, Role.MIXED, "m0"), ToyInstance(settings, Role.MIXED, "m1", model="other"):
+        with pytest.raises(NoShardLeft, match=r"serves 'third'.*'toy', model 'toy'.*--scheduler-shards") as refused:
+            await ToyInstance(settings, Role.MIXED, "m2", model="third").session.start()
+        assert len(refused.value.kinds) == 2
+        with pytest.raises(NoShardLeft, match=r"kv\.dtype 'float32'"):
+            await ToyInstance(settings, Role.MIXED, "m2", must_match={"kv.dtype": "int8"}).session.start()
+        told = settings.model_copy(update={"scheduler_shard": 0})
+        with pytest.raises(IncompatibleInstance, match="model 'third'"):
+            await ToyInstance(told, Role.MIXED, "m2", model="third").session.start()
+
+
+async def test_requests_in_a_shard_that_another_model_has_taken_go_on_where_theirs_is_served(redis_server, topic):
+    settings = sharded(redis_server, topic, instance_lease_s=10)
+    mine = [settings.model_copy(update={"scheduler_shard": shard}) for shard in (0, 1)]
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(ToyInstance(mine[0], Role.MIXED, "m0"))
+        leaving = await stack.enter_async_context(ToyInstance(mine[1], Role.MIXED, "m1", room=0))
+        frontend = await stack.enter_async_context(FrontEnd(settings))
+        await looked(frontend, 0, 1)
+        requests = [request_of(f"r{i}") for i in range(12)]
+        streams = [await frontend.submit(request) for request in requests]
+        stranded = [s.request_id for s in streams if s.shard == 1]
+        assert stranded
+        await leaving.stop()
+        await stack.enter_async_context(ToyInstance(mine[1], Role.MIXED, "m2", model="other"))
+        assert [await tokens_of(s) for s in streams] == [toy_answer(r) for r in requests]
+        assert {s.shard for s in streams} == {0}
+        for request_id in stranded:
+            assert (await frontend.request_record(request_id))["decode"].startswith("m0-")
+
+
+async def test_request_whose_model_is_gone_ends_with_what_is_served_when_another_takes_its_shard(redis_server, topic):
+    settings = sharded(redis_server, topic, instance_lease_s=10)
+    told = settings.model_copy(update={"scheduler_shard": 1})
+    async with FrontEnd(settings) as frontend:
+        async with ToyInstance(told, Role.MIXED, "m1", room=0):
+            await looked(frontend, 1)
+            stream = await frontend.submit(request_of("r0"))
+        async with ToyInstance(told, Role.MIXED, "m2", model="other"):
+            with pytest.raises(RequestFailed, match="no model 'toy' here; served are: other"):
+                await tokens_of(stream)
+
+
+async def test_request_for_another_model_is_refused_by_the_instance_that_gets_it(redis_server, topic):
+    settings = settings_for(redis_server, topic)
+    async with (
+        ToyInstance(settings, Role.PREFILL, "p0") as prefill,
+        ToyInstance(settings, Role.DECODE, "d0"),
+        FrontEnd(settings) as frontend,
+    ):
+        with pytest.raises(RequestFailed, match="no model 'other' here; served are: toy"):
+            await tokens_of(await frontend.submit(request_of("r0", model="other")))
+        assert not prefill.events
+        assert (await frontend.request_record("r0"))["state"] == "failed"
 
 
 async def test_an_instance_that_is_left_alone_goes_where_it_is_of_use(redis_server, topic):

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from splitwise_sched.placement import choose_shard, has_company
-from splitwise_sched.records import InstanceRecord
+from splitwise_sched.placement import choose_shard, has_company, no_shard_left, open_to
+from splitwise_sched.records import InstanceRecord, Registration
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.shards import Shards
 from splitwise_sched.types import Role
@@ -91,6 +91,7 @@ def shards_with(*depths: int | None) -> Shards:
     """Shards of one prefill instance each, with so many requests waiting; None: nobody serves it."""
     shards = Shards(SchedulerSettings(scheduler_host="nowhere", scheduler_shards=len(depths)))
     for shard, depth in zip(shards, depths, strict=True):
+        shard.model = "toy"
         if depth is not None:
             shard.unserved_since, shard.depth = None, depth
     return shards
@@ -99,7 +100,7 @@ def shards_with(*depths: int | None) -> Shards:
 async def test_requests_go_to_shards_that_serve_and_to_those_with_little_to_do_first(monkeypatch):
     random.seed(4)
     shards = shards_with(0, 100, None, 0)
-    chosen = [(await shards.choose(())).index for _ in range(300)]
+    chosen = [(await shards.choose("toy", ())).index for _ in range(300)]
     assert 2 not in chosen
     assert chosen[:50].count(1) == 0
     # What is sent counts at once, without another look.
@@ -111,13 +112,59 @@ async def test_without_any_that_serves_a_request_goes_to_the_one_that_was_served
     shards = shards_with(None, None, None)
     for shard, since in zip(shards, (5.0, 9.0, 7.0), strict=True):
         shard.unserved_since = since
-    assert (await shards.choose(())).index == 1
+    assert (await shards.choose("toy", ())).index == 1
 
 
 def test_a_request_stays_where_it_is_until_nobody_has_come_back_for_a_while():
     shards = shards_with(0, 0)
-    assert shards.refuge(shards[0]) is None
+    assert shards.refuge(shards[0], "toy") is None
     shards[0].unserved_since = float("-inf")
-    assert shards.refuge(shards[0]) is shards[1]
+    assert shards.refuge(shards[0], "toy") is shards[1]
     shards[1].unserved_since = 0.0
-    assert shards.refuge(shards[0]) is None
+    assert shards.refuge(shards[0], "toy") is None
+
+
+def test_a_request_leaves_a_shard_that_has_another_model_at_once():
+    shards = shards_with(0, 0, None, None)
+    shards[0].model = "other"
+    assert shards.refuge(shards[0], "toy") is shards[1]
+    assert shards.refuge(shards[1], "toy") is None
+    # Its own model is away everywhere: to where it was last.
+    shards[1].unserved_since, shards[2].unserved_since, shards[3].unserved_since = 5.0, 9.0, 7.0
+    assert shards.refuge(shards[0], "toy") is shards[2]
+    assert shards.refuge(shards[0], "third") is None
+
+
+async def test_requests_go_to_shards_of_their_model_alone():
+    shards = shards_with(0, 0, 0)
+    shards[2].model = "other"
+    assert {(await shards.choose("toy", ())).index for _ in range(50)} == {0, 1}
+    assert (await shards.choose("other", ())).index == 2
+    # One without instances keeps what it had.
+    shards[2].unserved_since = 1.0
+    assert (await shards.choose("other", ())).index == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "open_ones"),
+    [
+        ({"model": "toy", "kv.dtype": "int8"}, [True, True, False, False]),
+        ({"model": "toy", "kv.dtype": "bf16"}, [False, True, True, False]),
+        ({"model": "new", "kv.dtype": "bf16"}, [False, True, False, False]),
+    ],
+)
+def test_shards_of_another_kind_are_closed_to_an_instance(kind, open_ones):
+    def record(**fields: str) -> list[InstanceRecord]:
+        return [InstanceRecord("i", Role.MIXED, fields["model"], 1, 1, 0, fields)]
+
+    census = [
+        record(model="toy", **{"kv.dtype": "int8"}),
+        [],
+        record(model="toy", **{"kv.dtype": "bf16"}),
+        None,
+    ]
+    model = kind.pop("model")
+    registration = Registration("n", Role.MIXED, model, kind, 1, 1, 1, 1)
+    assert [records is not None for records in open_to(registration, census)] == open_ones
+    refusal = no_shard_left(registration, "t", census)
+    assert "shard 0: 'toy', " in str(refusal) and "--scheduler-shards" in str(refusal)
