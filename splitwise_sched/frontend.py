@@ -342,7 +342,7 @@ class FrontEnd:
         try:
             shard = await self._shard_to_go_on_in(stream)
             if len(self.shards) > 1 and shard.model not in (None, request.model):
-                await self._end(stream, FinishReason.ERROR, str(UnknownModel(request.model, self.shards.served)))
+                self._end(stream, FinishReason.ERROR, str(UnknownModel(request.model, self.shards.served)))
                 return
             await self._renew(shard)
             if stream.assembly.ended:
