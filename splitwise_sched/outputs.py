@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from splitwise_sched.codec import MAX_TOKEN_ID
 from splitwise_sched.errors import SplitwiseError
 from splitwise_sched.types import FinishReason, Output, TokenLogprob
 
 logger = logging.getLogger(__name__)
 
 MAX_CHUNK_CHARS = 4 << 20
+MAX_EPOCH, MAX_INDEX = 2**53, 2**31
 
 _encode_json = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -59,23 +61,25 @@ def decode_output(request_id: str, value: str) -> Output | Lost:
     try:
         if len(value) > MAX_CHUNK_CHARS:
             raise ValueError(f"{len(value)} characters")
-        epoch, index, tokens, *rest = value.split(":", 3)
+        epoch_text, index_text, tokens, *rest = value.split(":", 3)
+        epoch, index, token_ids = int(epoch_text), int(index_text), tuple(map(int, tokens.split()))
+        _check(epoch, index, token_ids)
         if not rest:
-            return Output(request_id, int(epoch), int(index), tuple(map(int, tokens.split())))
+            return Output(request_id, epoch, index, token_ids)
         extra = json.loads(rest[0])
         if not isinstance(extra, dict):
             raise ValueError("no JSON object")
         if "lost" in extra:
-            return Lost(request_id, int(epoch), str(extra["lost"]))
+            return Lost(request_id, epoch, str(extra["lost"]))
         finish = extra.get("finish")
         stop = extra.get("stop")
         stats = extra.get("stats")
         more = extra.get("extra")
         return Output(
             request_id=request_id,
-            epoch=int(epoch),
-            index=int(index),
-            token_ids=tuple(map(int, tokens.split())) if tokens else (),
+            epoch=epoch,
+            index=index,
+            token_ids=token_ids,
             logprobs=tuple(_logprob(p) for p in extra.get("logprobs", ())),
             finish_reason=None if finish is None else FinishReason(finish),
             stop_reason=stop if isinstance(stop, (str, int)) else None,
@@ -83,7 +87,7 @@ def decode_output(request_id: str, value: str) -> Output | Lost:
             stats=stats if isinstance(stats, dict) else None,
             extra=more if isinstance(more, dict) else None,
         )
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as exc:
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError) as exc:
         raise MalformedOutput(f"output of {request_id} is not readable: {value[:200]!r} ({exc})") from exc
 
 
@@ -102,8 +106,11 @@ def decode_outputs(request_id: str, values: Iterable[str]) -> list[Output | Lost
                 epoch_text, index_text, tokens = value.split(":")
                 if not run or int(epoch_text) != epoch or int(index_text) != index + len(run):
                     _close_run(outputs, request_id, epoch, index, run)
-                    epoch, index, run = int(epoch_text), int(index_text), []
-                run += map(int, tokens.split())
+                    run = []
+                    epoch, index = int(epoch_text), int(index_text)
+                token_ids = [*map(int, tokens.split())]
+                _check(epoch, index, token_ids)
+                run += token_ids
             else:
                 output = decode_output(request_id, value)
                 _close_run(outputs, request_id, epoch, index, run)
@@ -118,6 +125,14 @@ def decode_outputs(request_id: str, values: Iterable[str]) -> list[Output | Lost
 def _close_run(outputs: list[Output | Lost], request_id: str, epoch: int, index: int, run: list[int]) -> None:
     if run:
         outputs.append(Output(request_id, epoch, index, tuple(run)))
+
+
+def _check(epoch: int, index: int, token_ids: Sequence[int]) -> None:
+    """Raises ValueError: numbers that no instance gives, and that would not fit into a body."""
+    if not (0 < epoch <= MAX_EPOCH and 0 <= index <= MAX_INDEX):
+        raise ValueError("epoch or position out of range")
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) <= MAX_TOKEN_ID):
+        raise ValueError("token id out of range")
 
 
 def _logprob(raw: Any) -> TokenLogprob:

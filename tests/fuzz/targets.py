@@ -1,0 +1,129 @@
+"""What reads bytes from outside: each must give a value, or the one kind of error that its caller expects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from engine.handover import Handover, MalformedHandover
+from kv_transfer.endpoint import endpoints_from_text
+from kv_transfer.errors import KVTransferError
+from splitwise_sched.assembly import Assembly
+from splitwise_sched.codec import decode_request, encode_request
+from splitwise_sched.configuration import load
+from splitwise_sched.errors import ConfigError, InvalidRequest
+from splitwise_sched.gateway.calls import ChatCall, CompletionCall, parse_call
+from splitwise_sched.gateway.errors import ApiError
+from splitwise_sched.gateway.settings import GatewaySettings
+from splitwise_sched.outputs import Lost, MalformedOutput, decode_output, decode_outputs, encode_output
+from splitwise_sched.records import InstanceRecord
+from splitwise_sched.setting_fields import setting_fields
+from splitwise_sched.settings import SchedulerSettings
+from splitwise_sched.types import FinishReason, Output, Request, SamplingParams, TokenLogprob, check_id
+
+REQUEST = Request(
+    "r-1",
+    "toy",
+    (1, 2, 3),
+    SamplingParams(max_tokens=5, stop=("a",), seed=7),
+    (4,),
+    3.5,
+    {"k": [1, None]},
+    "batch",
+    "t",
+)
+OUTPUT = Output(
+    "r-1", 3, 4, (7, 8), (TokenLogprob(7, -0.5, ((7, -0.5), (9, -1.5))),), FinishReason.STOP, "a", "why", {"lane": "x"}
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """
+    Attributes:
+        errors: what it may raise; all else is a find.
+        seeds: inputs that it reads well, to begin from.
+    """
+
+    run: Callable[[bytes], object]
+    errors: tuple[type[Exception], ...] = ()
+    seeds: tuple[bytes, ...] = ()
+
+    def __call__(self, data: bytes) -> None:
+        try:
+            self.run(data)
+        except self.errors as exc:
+            assert str(exc), "an error that says nothing"
+            assert len(str(exc)) < 20_000, "an error that repeats all that it got"
+
+
+def body(data: bytes) -> None:
+    request = decode_request(data)
+    assert decode_request(encode_request(request)) == request
+
+
+def request_id(data: bytes) -> None:
+    name = check_id("request", data.decode(errors="surrogateescape"))
+    assert name.isascii() and 1 <= len(name) <= 128 and not set(name) & set("{}* \n\r")
+
+
+def output(data: bytes) -> None:
+    read = decode_output("r-1", data.decode(errors="replace"))
+    if isinstance(read, Output):
+        assert decode_output("r-1", encode_output(read)).epoch == read.epoch
+
+
+def outputs(data: bytes) -> None:
+    """As a front end takes them: what it then has of a request can be put back."""
+    assembly = Assembly()
+    for read in decode_outputs("r-1", data.decode(errors="replace").split("\n")):
+        if isinstance(read, Lost):
+            assembly.raise_epoch(read.epoch)
+        else:
+            for given in assembly.feed(read):
+                assert given.epoch == assembly.epoch
+    encode_request(replace(REQUEST, emitted_token_ids=tuple(assembly.token_ids)))
+
+
+def record(data: bytes) -> None:
+    pairs = [line.partition("=") for line in data.decode(errors="replace").split("\n")]
+    fields = {name: value for name, _, value in pairs}
+    known = InstanceRecord.from_fields("p-1", fields)
+    if known is not None:
+        assert known.name and known.tokenizer is not None
+
+
+def flags(data: bytes) -> None:
+    names = [field.name for settings in (SchedulerSettings, GatewaySettings) for field in setting_fields(settings)]
+    values = data.decode(errors="replace").split("\n")
+    load([SchedulerSettings, GatewaySettings], flags=dict(zip(names, values, strict=False)), environ={})
+
+
+TARGETS: dict[str, Target] = {
+    "body": Target(body, (InvalidRequest,), (encode_request(REQUEST),)),
+    "request_id": Target(request_id, (InvalidRequest,), (b"a-b:1",)),
+    "output": Target(output, (MalformedOutput,), (encode_output(OUTPUT).encode(), b'2:0::{"lost":"why"}', b"1:0:5 6")),
+    "outputs": Target(outputs, (), (b"1:0:5 6\n1:2:7\n1:9:8\n" + encode_output(OUTPUT).encode(),)),
+    "record": Target(
+        record,
+        (),
+        (b"role=mixed\nmodel=m\nmax_model_len=9\ncapacity_tokens=4\nreserved_tokens=0\nname=x",),
+    ),
+    "endpoints": Target(lambda data: endpoints_from_text(data.decode(errors="replace")), (KVTransferError,), (b"[]",)),
+    "handover": Target(
+        lambda data: Handover.decode(data, "k", "r-1", 3),
+        (MalformedHandover,),
+        (b'{"first": "1:0:5", "input_tokens": 3, "prefill_s": 0.5}',),
+    ),
+    "completion": Target(
+        lambda data: parse_call(CompletionCall, data),
+        (ApiError,),
+        (b'{"model": "m", "prompt": [1, 2], "stop": ["a"], "logprobs": 2, "stream": true}',),
+    ),
+    "chat": Target(
+        lambda data: parse_call(ChatCall, data),
+        (ApiError,),
+        (b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4}',),
+    ),
+    "flags": Target(flags, (ConfigError,), (b"localhost\n6379\n0\nme", b"\n\nx\n-1")),
+}
