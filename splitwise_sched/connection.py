@@ -124,7 +124,7 @@ class Connection:
         deadline, pause = loop.time() + self._settings.redis_timeout_s, RETRY_FIRST_S
         while True:
             try:
-                await self._lane.link.wire()
+                await self._lane.link.try_out()
                 return
             except OSError as exc:
                 is_passing = isinstance(exc, LinkFailed) and exc.is_passing

@@ -27,7 +27,7 @@ from splitwise_sched.settings import ServerSettings, split_address
 CONNECT_TIMEOUT_S = 3.0
 COMMAND_TIMEOUT_S = 5.0
 # For those who are only asked where the master is: another one can be asked instead.
-ASK_TIMEOUT_S = 1.0
+ASK_TIMEOUT_S = 2.0
 
 Address = tuple[str, int]
 # redis-py tells its name to servers that can be told (CLIENT SETINFO); whoever may not do that would fill the ACL log.
@@ -183,13 +183,14 @@ class SentinelServers(Servers):
         failures: list[str] = []
         names: set[str] = set()
         denied, is_down = False, False
-        first: Exception | None = None
+        telling: Exception | None = None
         for i, (sentinel, name) in enumerate(zip(self._sentinels, self._addresses, strict=True)):
             try:
                 masters = _by_name(await sentinel.sentinel_masters())
             except (RedisError, OSError) as exc:
                 denied = denied or isinstance(exc, _DENIED)
-                first = first or exc
+                # What TLS said tells more than that somebody else is away.
+                telling = exc if telling is None or _tls_error(telling) is None else telling
                 failures.append(f"{name}: {exc}")
                 continue
             finally:
@@ -212,7 +213,7 @@ class SentinelServers(Servers):
             text += f"; what they watch: {', '.join(sorted(names))} (--scheduler-sentinel-service)"
         if denied:
             raise AccessDenied(text, by_sentinel=True)
-        tls = None if first is None else _tls_error(first)
+        tls = None if telling is None else _tls_error(telling)
         raise LinkFailed(text, address=split_address(self._addresses[0]), tls=tls, is_passing=is_down)
 
 
@@ -249,14 +250,16 @@ class ClusterServers(Servers):
 
     async def _discover(self) -> Address:
         failures: list[str] = []
-        first: LinkFailed | None = None
+        telling: LinkFailed | None = None
         is_passing = False
         for node in dict.fromkeys((*self._nodes, *self._seeds)):
             try:
                 rows = await self._slots(node)
             except LinkFailed as exc:
                 failures.append(f"{node[0]}:{node[1]}: {exc}")
-                first = first or exc
+                # What TLS or a login said tells more than that somebody else is away.
+                if telling is None or (telling.tls is None and not isinstance(telling, AccessDenied)):
+                    telling = exc
                 continue
             masters = [
                 (int(begin), int(end), (_text(master[0]) or node[0], int(master[1]))) for begin, end, master, *_ in rows
@@ -268,9 +271,9 @@ class ClusterServers(Servers):
             is_passing = True
             failures.append(f"{node[0]}:{node[1]}: slot {self._slot} is on no node")
         text = f"no node of the Cluster says where slot {self._slot} is ({'; '.join(failures)})"
-        if isinstance(first, AccessDenied):
+        if isinstance(telling, AccessDenied):
             raise AccessDenied(text)
-        asked, tls = (None, None) if first is None else (first.address, first.tls)
+        asked, tls = (None, None) if telling is None else (telling.address, telling.tls)
         raise LinkFailed(text, address=asked, tls=tls, is_passing=is_passing)
 
     async def _slots(self, node: Address) -> Sequence[Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from splitwise_sched.discovery import Servers
-from splitwise_sched.resp import ReplyError
+from splitwise_sched.discovery import COMMAND_TIMEOUT_S, LinkFailed, Servers
+from splitwise_sched.resp import ReplyError, pack
 from splitwise_sched.wire import Wire
+
+_PING = pack(("PING",))
 
 
 class Link:
@@ -37,6 +39,19 @@ class Link:
             self._made = connecting.result()
             self._wire = Wire(self._made._writer.transport)
         return self._wire
+
+    async def try_out(self) -> None:
+        """Whether who is there answers at all: not every login or handshake that fails shows before the first command.
+
+        Raises LinkFailed.
+        """
+        wire = await self.wire()
+        try:
+            await wire.send(_PING, (False,), COMMAND_TIMEOUT_S)
+        except OSError as exc:
+            address = (self._host, self._made.port) if self._host else None
+            self.broke()
+            raise LinkFailed(str(exc), address=address, is_passing=self.servers.has_successors) from exc
 
     def broke(self) -> None:
         """The connection is of no use any more, nor, perhaps, is the server. Idempotent."""
