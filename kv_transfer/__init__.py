@@ -22,7 +22,7 @@ from kv_transfer.lanes import LaneReport
 from kv_transfer.layout import KVLayout, check_compatible
 from kv_transfer.memory import KVPool
 from kv_transfer.messenger import Messenger
-from kv_transfer.options import RdmaOptions, TransferOptions, parse_protocols
+from kv_transfer.options import CudaOptions, RdmaOptions, TransferOptions, parse_protocols
 from kv_transfer.placement import Base, Placement
 from kv_transfer.pool import BlockPool
 from kv_transfer.staging import DevicePool
@@ -32,6 +32,7 @@ __all__ = [
     "NOT_WANTED",
     "Base",
     "BlockPool",
+    "CudaOptions",
     "DevicePool",
     "DeviceUnavailable",
     "InvalidEndpoint",

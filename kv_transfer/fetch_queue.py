@@ -42,6 +42,10 @@ class FetchQueue:
         self._under_way: dict[int, Chunk] = {}
         self._next_id = 0
 
+    def resize(self, units_per_chunk: int) -> None:
+        """From the next chunk on."""
+        self._units_per_chunk = max(1, units_per_chunk)
+
     def add(self, token: Token, src_ids: IntArray, dst_ids: IntArray, sums: Sums | None = None) -> None:
         """Ask for units, after those that the transfer has asked for before."""
         self._waiting.setdefault(token, deque()).append((src_ids, dst_ids, sums))

@@ -72,7 +72,7 @@ class Messenger:
             raise InvalidOptions("name", f"is {name[:80]!r}: give 1 to {MAX_NAME_CHARS} printable characters")
         self.name = name
         self._pool, self._options, self._on_event = pool, options, on_event
-        self._transport_classes = load_transports(options.protocols)
+        self._transport_classes = load_transports(options.protocols, is_on_device=pool.is_on_device)
         self._counters = Counters()
         self._leases = LeaseTable(pool.layout.num_blocks)
         self._tickets = TicketBook(options.max_inflight)
@@ -205,6 +205,7 @@ class Messenger:
             InvalidTransfer: the transfer was not opened, or its event was polled; blocks that do not exist, or twice.
         """
         ids = self._tickets.send(transfer_id).take(first_index, block_ids, self._pool.layout.num_blocks)
+        self._pool.before_send(ids)
         self._submit(lambda now: self._source.offer(transfer_id, first_index, ids))
 
     def finish_send(self, transfer_id: str, aux: bytes) -> None:
@@ -239,6 +240,7 @@ class Messenger:
         ticket = ReceiveTicket(transfer_id, block_ids, self._pool.layout.num_blocks)
         self._tickets.open_receive(ticket, deadline_s)
         checked_ids = ticket.block_ids
+        self._pool.before_receive()
         self._submit_opening(
             transfer_id, lambda now: self._destination.open(transfer_id, endpoints, checked_ids, deadline_s, now)
         )

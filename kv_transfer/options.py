@@ -9,6 +9,7 @@ from kv_transfer.checksums import NONE, load_digest
 from kv_transfer.errors import InvalidOptions
 
 HOST_PATTERN = re.compile(r"[A-Za-z0-9._:%-]{1,253}")
+CUDA_PATHS = ("auto", "kernel", "copies", "batch")
 PROTOCOL_PATTERN = re.compile(r"[a-z0-9_]{1,32}")
 
 
@@ -57,11 +58,36 @@ class RdmaOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class CudaOptions:
+    """Settings of the transport ``cuda_ipc``. Checked on construction (InvalidOptions names the option).
+
+    Attributes:
+        chunk_bytes: moved at a time, where the messenger's ``chunk_bytes`` would take less time than asking for it.
+        thread_blocks: of the copy kernel, at most; fewer leave more of the GPU to what computes beside it. 0 for 4 on
+            each multiprocessor.
+        path: ``auto`` measures at start which way of copying is the fastest; ``kernel``, ``copies`` or ``batch``.
+    """
+
+    chunk_bytes: int = 256 << 20
+    thread_blocks: int = 0
+    path: str = "auto"
+
+    def __post_init__(self) -> None:
+        for option, low, high in (("chunk_bytes", 4096, 1 << 34), ("thread_blocks", 0, 1 << 20)):
+            value = getattr(self, option)
+            if not low <= value <= high:
+                raise InvalidOptions(f"cuda.{option}", f"is {value!r}: it must be from {low} to {high}")
+        if self.path not in CUDA_PATHS:
+            raise InvalidOptions("cuda.path", f"is {self.path!r}: known are {', '.join(CUDA_PATHS)}")
+
+
+@dataclass(frozen=True, slots=True)
 class TransferOptions:
     """Settings of one rank's messenger. Checked on construction (InvalidOptions names the option).
 
     Attributes:
-        protocols: transports in order of preference; ``ipc`` stands for ``shm`` where the pool is in host memory.
+        protocols: transports in order of preference; ``ipc`` stands for ``shm`` where the pool is in host memory, for
+            ``cuda_ipc`` where it is in a GPU's.
             A pair uses the first of the destination's that both have and that reaches from one to the other.
         bind_host: interface to listen on.
         advertise_host: where peers connect to; ``bind_host`` when None.
@@ -79,6 +105,7 @@ class TransferOptions:
             which needs the extra ``checksum``. Sources hash what a destination asks for.
         rdma: of the transport of that name.
         optional: those of ``protocols`` that this host may turn out not to have; then the others do, loudly.
+        cuda: of the transport ``cuda_ipc``.
     """
 
     protocols: tuple[str, ...] = ("ipc", "tcp")
@@ -97,6 +124,7 @@ class TransferOptions:
     checksum: str = NONE
     rdma: RdmaOptions = field(default_factory=RdmaOptions)
     optional: tuple[str, ...] = ()
+    cuda: CudaOptions = field(default_factory=CudaOptions)
 
     def __post_init__(self) -> None:
         if not self.protocols:

@@ -205,6 +205,7 @@ class Peer:
             return self._no_lane()
         transport = self._candidates.pop(0)
         self.lane = transport.name
+        self.queue.resize(transport.chunk_bytes // max(1, self.plan.unit_bytes))
         self.link = transport.open_link(self.endpoint, self._data_token, self.plan)
         return None
 

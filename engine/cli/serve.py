@@ -83,7 +83,7 @@ def _serve(
     scheduler = stack.enter_context(scheduler_server(scheduler))
     # What can be wrong is found before the model is loaded, which may take minutes.
     asyncio.run(check(scheduler))
-    preflight(transfer)
+    preflight(transfer, is_on_device=engine_settings.device != "cpu")
     click.echo(f"loading {engine_settings.model} ...", err=True)
     driver = stack.enter_context(closing(plugin.create(engine_settings, role)))
     details = {

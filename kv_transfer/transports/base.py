@@ -42,7 +42,7 @@ class Link(ABC):
         Args:
             chunk_id: given back in ``Fetched``.
             token: of the transfer; the source allows it the blocks that these are units of.
-            src_ids, dst_ids: [num_units], at most ``chunk_bytes`` of the options or one unit.
+            src_ids, dst_ids: [num_units], at most the transport's ``chunk_bytes`` or one unit.
         """
 
     @abstractmethod
@@ -138,6 +138,11 @@ class Transport(ABC):
         Raises:
             TransportFailed: it cannot; says what to do.
         """
+
+    @property
+    def chunk_bytes(self) -> int:
+        """What one ``fetch`` is asked for at most, but for a unit that is larger."""
+        return self.options.chunk_bytes
 
     @abstractmethod
     def offer(self) -> Offer:

@@ -10,8 +10,8 @@ from kv_transfer.options import TransferOptions
 from kv_transfer.transports.base import Transport
 
 GROUP = "kv_transfer.transports"
-# What a user's word stands for, where it is not a transport itself.
-ALIASES = {"ipc": "shm"}
+# What a user's word stands for, where it is not a transport itself: for a pool in host memory, and on a GPU.
+ALIASES = {"ipc": ("shm", "cuda_ipc")}
 
 
 def installed_transports() -> list[str]:
@@ -19,13 +19,15 @@ def installed_transports() -> list[str]:
     return sorted({entry.name for entry in metadata.entry_points(group=GROUP)})
 
 
-def load_transport(name: str) -> type[Transport]:
+def load_transport(name: str, *, is_on_device: bool = False) -> type[Transport]:
     """The class behind a name of ``TransferOptions.protocols``.
 
+    Args:
+        is_on_device: whether the pool is in the memory of a GPU.
     Raises:
         UnknownTransport: nothing is registered under it, or what is cannot be imported here.
     """
-    target = ALIASES.get(name, name)
+    target = ALIASES[name][is_on_device] if name in ALIASES else name
     for entry in metadata.entry_points(group=GROUP):
         if entry.name != target:
             continue
@@ -39,22 +41,24 @@ def load_transport(name: str) -> type[Transport]:
     raise UnknownTransport(name, installed_transports())
 
 
-def preflight(options: TransferOptions) -> None:
+def preflight(options: TransferOptions, *, is_on_device: bool = False) -> None:
     """Find out what is missing before anything is done that takes long.
 
+    Args:
+        is_on_device: whether the pool will be in the memory of a GPU.
     Raises:
         UnknownTransport: a protocol is not to be had.
         TransportFailed: this host lacks what one needs that is not optional.
     """
-    for cls in load_transports(options.protocols):
+    for cls in load_transports(options.protocols, is_on_device=is_on_device):
         if cls.name not in options.optional:
             cls.preflight(options)
 
 
-def load_transports(protocols: tuple[str, ...]) -> list[type[Transport]]:
+def load_transports(protocols: tuple[str, ...], *, is_on_device: bool = False) -> list[type[Transport]]:
     """The classes behind several names, in their order, each once.
 
     Raises:
         UnknownTransport: one of them is not to be had.
     """
-    return list(dict.fromkeys(load_transport(name) for name in protocols))
+    return list(dict.fromkeys(load_transport(name, is_on_device=is_on_device) for name in protocols))

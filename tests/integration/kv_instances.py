@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import contextlib
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -16,7 +17,6 @@ import pytest
 from kv_transfer import (
     NOT_WANTED,
     KVLayout,
-    KVPool,
     Messenger,
     Received,
     Sent,
@@ -27,6 +27,7 @@ from kv_transfer import (
 from kv_transfer.placement import packed
 from kv_transfer.plan import units_of
 from tests import kv_oracle
+from tests.integration.kv_memory import make_pool, spare_time
 from tests.integration.kv_rank import LocalRank
 
 MODEL = KVLayout("e", "m", "bfloat16", 6, 4, 16, 4, 24)
@@ -109,9 +110,10 @@ def lane_options(lane: str, **other: Any) -> TransferOptions:
 
 @lru_cache(maxsize=16)
 def _obstacle(lane: str) -> str | None:
-    with KVPool.allocate(MODEL) as pool:
+    options = TransferOptions(protocols=(lane,))
+    with contextlib.closing(make_pool(MODEL, options)) as pool:
         try:
-            probe = Messenger(pool, TransferOptions(protocols=(lane,)), name="probe")
+            probe = Messenger(pool, spare_time(options), name="probe")
         except UnknownTransport as exc:
             return str(exc)
         try:
@@ -152,16 +154,21 @@ class Move:
         self.kv = kv_oracle.model_kv(src, len(self.src_ids) * src.block_size, self._rng)
         self.sources = [make(layout, name=f"prefill {layout.rank}") for layout in sources]
         self.destinations = [make(layout, name=f"decode {layout.rank}") for layout in destinations]
-        for rank in (*self.sources, *self.destinations):
-            for region in rank.pool.regions:
-                region[:] = self._rng.integers(0, 256, len(region), dtype=np.uint8)
         self._wanted = []
         for rank in self.sources:
-            kv_oracle.put(rank.layout, list(rank.pool.regions), self.kv, self.src_ids, self.kv.shape[2])
+            memory = kv_oracle.memory_of(rank.layout, self._rng)
+            kv_oracle.put(rank.layout, memory, self.kv, self.src_ids, self.kv.shape[2])
+            self._fill(rank, memory)
         for rank in self.destinations:
-            memory = [region.copy() for region in rank.pool.regions]
+            memory = kv_oracle.memory_of(rank.layout, self._rng)
+            self._fill(rank, memory)
             kv_oracle.put(rank.layout, memory, self.kv, self.dst_ids, self._room)
             self._wanted.append(memory)
+
+    @staticmethod
+    def _fill(rank: LocalRank, memory: kv_oracle.Memory) -> None:
+        for region, data in zip(rank.regions, memory, strict=True):
+            region[:] = data
 
     @property
     def num_bytes(self) -> int:
@@ -194,5 +201,5 @@ class Move:
         assert sum(event.stats.num_bytes for event in received) == self.num_bytes
         assert sum(event.stats.num_bytes for event in sent) == self.num_bytes
         for rank, memory in zip(self.destinations, self._wanted, strict=True):
-            for number, (got, right) in enumerate(zip(rank.pool.regions, memory, strict=True)):
+            for number, (got, right) in enumerate(zip(rank.regions, memory, strict=True)):
                 assert np.array_equal(got, right), f"{rank.endpoint.name}, region {number}"

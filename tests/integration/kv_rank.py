@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.context
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ import numpy as np
 
 from kv_transfer import (
     BlockPool,
+    CudaOptions,
     KVLayout,
     KVPool,
     Messenger,
@@ -36,6 +38,8 @@ from kv_transfer import (
     TransferOptions,
     TransferStats,
 )
+from kv_transfer.transports.cuda_ipc.pool import CudaPool
+from tests.integration.kv_memory import DEVICE, TWIN, Fetched, environment, make_pool, regions_of, spare_time, view_of
 
 WAIT_S = 60.0
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +54,7 @@ def pattern(layout: KVLayout, seed: int) -> np.ndarray:
 
 def differing(layout: KVLayout, got: np.ndarray, wanted: np.ndarray) -> list[tuple[int, int]]:
     """Every (layer, block) of which some byte differs; both arrays are [blocks, block_bytes]."""
-    by_layer = (got != wanted).reshape(len(got), layout.num_layers, layout.layer_block_bytes).any(axis=2)
+    by_layer = (np.asarray(got) != wanted).reshape(len(got), layout.num_layers, layout.layer_block_bytes).any(axis=2)
     return [(int(layer), int(block)) for block, layer in zip(*np.nonzero(by_layer), strict=True)]
 
 
@@ -78,13 +82,15 @@ class LocalRank:
     ) -> None:
         """A pool that is given is owned from here on."""
         self.layout = layout
-        self.pool = KVPool.allocate(layout) if pool is None else pool
-        if isinstance(self.pool, KVPool) and layout.placement is None and layout.packing.startswith("block-major"):
-            self.view = self.pool.as_array()
+        self.pool = make_pool(layout, options) if pool is None else pool
+        if pool is None or isinstance(pool, KVPool):
+            self.regions = regions_of(self.pool)
+            self.view = view_of(self.pool, layout)
+        if getattr(self, "view", None) is not None:
             self.fill(seed)
         self._news = threading.Event()
         self._ended: dict[str, TransferEvent] = {}
-        placed = on_its_nic(options, name, layout.tp_rank)
+        placed = on_its_nic(spare_time(options), name, layout.tp_rank)
         self.messenger = Messenger(self.pool, placed, name=name, on_event=self._news.set)
         self.messenger.start()
         self.endpoint = self.messenger.endpoint
@@ -135,7 +141,7 @@ class LocalRank:
 
     def close(self) -> None:
         self.messenger.close()
-        if isinstance(self.pool, KVPool):
+        if isinstance(self.pool, KVPool | CudaPool):
             self.pool.close()
 
 
@@ -148,12 +154,16 @@ class RemoteRank:
         self._process = _forks().Process(target=_serve, args=(far_pipe,))
         self._process.start()
         far_pipe.close()
-        started = self._call(layout=layout.to_dict(), options=asdict(options), name=name, seed=seed)
+        started = self._call(layout=layout.to_dict(), options=asdict(options), name=name, seed=seed, env=environment())
         self.endpoint = RankEndpoint.from_dict(started["endpoint"])
+        shape = (layout.num_blocks, layout.block_bytes)
+        if started["fd"] is None:
+            self.view: Any = Fetched(self._dump, shape)
+            return
         fd = os.open(f"/proc/{self._process.pid}/fd/{started['fd']}", os.O_RDONLY)
         mapping = mmap.mmap(fd, layout.pool_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         os.close(fd)
-        self.view = np.frombuffer(mapping, np.uint8).reshape(layout.num_blocks, layout.block_bytes)
+        self.view = np.frombuffer(mapping, np.uint8).reshape(shape)
 
     @property
     def pid(self) -> int:
@@ -226,6 +236,12 @@ class RemoteRank:
             raise AssertionError("the rank's process does not end")
         assert not was_alive or self._process.exitcode == 0, f"the rank's process ended with {self._process.exitcode}"
 
+    def _dump(self) -> np.ndarray:
+        """What is in its pool, where it cannot be mapped."""
+        with tempfile.NamedTemporaryFile(prefix="kv-dump-") as file:
+            self._call(do="dump", path=file.name)
+            return np.fromfile(file.name, np.uint8)
+
     def _call(self, **command: Any) -> dict[str, Any]:
         try:
             self._pipe.send_bytes(json.dumps(command).encode())
@@ -267,12 +283,15 @@ def _serve(pipe: Connection) -> None:
     first = read()
     if first is None:
         return
+    for variable in (TWIN, DEVICE):
+        os.environ.pop(variable, None)
+    os.environ.update(first["env"])
     given = first["options"]
     lists = {name: tuple(given[name]) for name in ("protocols", "optional")}
     rdma = RdmaOptions(**{**given["rdma"], **{name: tuple(given["rdma"][name]) for name in ("nics", "ports")}})
-    options = TransferOptions(**{**given, **lists, "rdma": rdma})
+    options = TransferOptions(**{**given, **lists, "rdma": rdma, "cuda": CudaOptions(**given["cuda"])})
     rank = LocalRank(KVLayout.from_dict(first["layout"]), options, first["name"], first["seed"])
-    answer(endpoint=rank.endpoint.to_dict(), fd=rank.pool.fd)
+    answer(endpoint=rank.endpoint.to_dict(), fd=rank.pool.fd if isinstance(rank.pool, KVPool) else None)
     while (command := read()) is not None:
         try:
             answer(**_do(rank, command))
@@ -285,7 +304,9 @@ def _serve(pipe: Connection) -> None:
 
 def _do(rank: LocalRank, command: dict[str, Any]) -> dict[str, Any]:
     what, args = command["do"], command.get("args", [])
-    if what == "fill":
+    if what == "dump":
+        np.asarray(rank.view).tofile(command["path"])
+    elif what == "fill":
         rank.fill(command["seed"])
     elif what == "receive":
         transfer_id, block_ids, deadline_s = args

@@ -106,7 +106,8 @@ def test_a_block_zeroed_in_one_layer_on_its_way_is_seen_by_the_comparison(
     source = local(LAYOUT, options, "prefill", seed=1)
     destination = remote(LAYOUT, options, "decode", seed=2)
     source.send("r@1", list(range(100)))
-    source.pool.block_view(17, 2)[:] = 0
+    size = LAYOUT.layer_block_bytes
+    source.view[17, 2 * size : 3 * size] = 0
     destination.receive("r@1", [source.endpoint], list(range(100, 200)))
     assert isinstance(destination.wait("r@1"), Received)
     wanted = pattern(LAYOUT, 2)
