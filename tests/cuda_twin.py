@@ -107,6 +107,10 @@ class TwinRuntime(Runtime):
         while stream == LEGACY_STREAM and held.work:
             held.work.popleft()()
 
+    def step(self, stream: int) -> None:
+        """A held stream does one thing that it was given."""
+        self._streams[stream].work.popleft()()
+
     def streams(self) -> list[int]:
         """Those that were created, oldest first."""
         return [stream for stream in self._streams if stream != LEGACY_STREAM]
@@ -304,13 +308,33 @@ class TwinRuntime(Runtime):
             ]
             firsts = np.arange(0, launch.num_words, launch.run_words, dtype=np.uint32)
             src, dst = locate(launch, firsts, tables)
-            size = launch.run_words * launch.word_bytes
-            for source, target in zip(src.tolist(), dst.tolist(), strict=True):
-                assert not (source | target) % launch.word_bytes, "a misaligned access"
-                self.bytes_at(target, size, device)[:] = self.bytes_at(source, size, device)
+            assert not ((src | dst) % launch.word_bytes).any(), "a misaligned access"
+            self._copy_runs(device, src, dst, launch.run_words * launch.word_bytes)
             self._spend(stream, "kernel", launch.num_words * launch.word_bytes)
 
         self._enqueue(stream, act)
+
+    def _copy_runs(self, device: int, src: np.ndarray, dst: np.ndarray, size: int) -> None:
+        try:
+            ends = [(int(ids.min()), int(ids.max()) + size) for ids in (src, dst)]
+            source, target = (self.bytes_at(first, end - first, device) for first, end in ends)
+        except AssertionError:
+            # In several allocations.
+            for one, other in zip(src.tolist(), dst.tolist(), strict=True):
+                self.bytes_at(other, size, device)[:] = self.bytes_at(one, size, device)
+            return
+        src, dst = src - ends[0][0], dst - ends[1][0]
+        if size >= 4096:
+            for one, other in zip(src.tolist(), dst.tolist(), strict=True):
+                target[other : other + size] = source[one : one + size]
+            return
+        numbers = np.concatenate((src, dst, [size, len(source), len(target)]))
+        word = next(n for n in (8, 4, 2, 1) if not (numbers % n).any())
+        source, target = (memory.view(f"u{word}") for memory in (source, target))
+        within = np.arange(size // word)
+        for first in range(0, len(src), 1 << 14):
+            some = slice(first, first + (1 << 14))
+            target[np.add.outer(dst[some] // word, within)] = source[np.add.outer(src[some] // word, within)]
 
     def _copy(self, dst: int, src: int, num_bytes: int, stream: int, path: str = "") -> None:
         self._find(dst, num_bytes)

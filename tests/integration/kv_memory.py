@@ -78,9 +78,13 @@ def view_of(pool: BlockPool, layout: KVLayout) -> Any:
 
 
 class Fetched:
-    """An array that has to be fetched to be looked at."""
+    """An array of bytes that has to be fetched to be looked at; no more of its rows than are meant."""
 
-    def __init__(self, fetch: Callable[[], np.ndarray], shape: tuple[int, ...]) -> None:
+    def __init__(self, fetch: Callable[[int, int], np.ndarray], shape: tuple[int, ...]) -> None:
+        """
+        Args:
+            fetch: gives the bytes of some rows, the first one's number and the end.
+        """
         self._fetch, self.shape = fetch, shape
         self.dtype = np.dtype(np.uint8)
 
@@ -88,13 +92,21 @@ class Fetched:
         return self.shape[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self._fetch().reshape(self.shape)
+        return self._fetch(0, len(self)).reshape(self.shape)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        return np.asarray(self)[index]
+        return self._some(index)[0][index]
 
     def copy(self) -> np.ndarray:
         return np.asarray(self)
+
+    def _some(self, index: Any) -> tuple[np.ndarray, slice]:
+        """An array that holds the rows that are meant, and which these are."""
+        rows = np.atleast_1d(np.arange(len(self))[index[0] if isinstance(index, tuple) else index])
+        first, end = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 1)
+        data = np.empty(self.shape, np.uint8)
+        data[first:end] = self._fetch(first, end).reshape(-1, *self.shape[1:])
+        return data, slice(first, end)
 
 
 class DeviceArray(Fetched):
@@ -103,35 +115,18 @@ class DeviceArray(Fetched):
     def __init__(
         self, runtime: Runtime, device: int, place: tuple[int, int], shape: tuple[int, ...] | None = None
     ) -> None:
-        super().__init__(self._download, shape or (place[1],))
+        super().__init__(lambda first, end: self._transfer(first, end, None), shape or (place[1],))
         self.runtime, self.device, self.place = runtime, device, place
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        data, rows, place = self._some(index)
+        # Not the rows beside: they may be written from elsewhere at this moment.
+        data, rows = self._some(index)
         data[index] = value
-        self._transfer(place, data[rows].reshape(-1))
+        self._transfer(rows.start, rows.stop, data[rows].reshape(-1))
 
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return self._some(index)[0][index]
-
-    def _some(self, index: Any) -> tuple[np.ndarray, slice, tuple[int, int]]:
-        """An array that holds the rows that are meant, which rows, and where they are.
-
-        No more than these are fetched and put: others may be written from elsewhere at this moment.
-        """
-        rows = np.atleast_1d(np.arange(len(self))[index[0] if isinstance(index, tuple) else index])
-        first, end = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 1)
+    def _transfer(self, first: int, end: int, data: np.ndarray | None) -> np.ndarray:
         row_bytes = self.place[1] // len(self)
-        place = self.place[0] + first * row_bytes, (end - first) * row_bytes
-        data = np.empty(self.shape, np.uint8)
-        data[first:end] = self._transfer(place, None).reshape(-1, *self.shape[1:])
-        return data, slice(first, end), place
-
-    def _download(self) -> np.ndarray:
-        return self._transfer(self.place, None)
-
-    def _transfer(self, place: tuple[int, int], data: np.ndarray | None) -> np.ndarray:
-        address, num_bytes = place
+        address, num_bytes = self.place[0] + first * row_bytes, (end - first) * row_bytes
         pinned = self.runtime.allocate_pinned(num_bytes)
         stream = self.runtime.create_stream(self.device)
         done = self.runtime.create_event(self.device)

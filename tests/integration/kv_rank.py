@@ -236,10 +236,10 @@ class RemoteRank:
             raise AssertionError("the rank's process does not end")
         assert not was_alive or self._process.exitcode == 0, f"the rank's process ended with {self._process.exitcode}"
 
-    def _dump(self) -> np.ndarray:
-        """What is in its pool, where it cannot be mapped."""
+    def _dump(self, first: int, end: int) -> np.ndarray:
+        """Some blocks of its pool, where it cannot be mapped."""
         with tempfile.NamedTemporaryFile(prefix="kv-dump-") as file:
-            self._call(do="dump", path=file.name)
+            self._call(do="dump", path=file.name, rows=[first, end])
             return np.fromfile(file.name, np.uint8)
 
     def _call(self, **command: Any) -> dict[str, Any]:
@@ -305,7 +305,7 @@ def _serve(pipe: Connection) -> None:
 def _do(rank: LocalRank, command: dict[str, Any]) -> dict[str, Any]:
     what, args = command["do"], command.get("args", [])
     if what == "dump":
-        np.asarray(rank.view).tofile(command["path"])
+        rank.view[slice(*command["rows"])].tofile(command["path"])
     elif what == "fill":
         rank.fill(command["seed"])
     elif what == "receive":

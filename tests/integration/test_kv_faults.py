@@ -16,11 +16,15 @@ import pytest
 
 from kv_transfer import KVLayout, RankEndpoint, Received, Sent, TransferFailed, TransferOptions
 from kv_transfer.transports.registry import installed_transports
+from tests.cuda_twin import TwinRuntime
 from tests.integration.kv_instances import lane_options
+from tests.integration.kv_memory import cuda_runtime
 from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, RemoteRank, differing, pattern
 
 # RDMA needs devices: it takes part in the VM that has them (make test-rdma).
 LANES = installed_transports()
+# A device's twin takes minutes for what follows; tests/integration/test_cuda_ipc.py stops it at chosen points instead.
+FAST_LANES = tuple(lane for lane in LANES if lane != "cuda_ipc" or not isinstance(cuda_runtime(), TwinRuntime))
 # Big enough that a stop or a kill hits a transfer while its bytes flow.
 BIG = KVLayout("transformers", "tiny", "float32", 8, 8, 64, 16, 512)
 
@@ -97,7 +101,7 @@ def test_a_destination_killed_in_mid_transfer_fails_it_and_the_next_destination_
     assert_moves(source, keep(ranks, RemoteRank(LAYOUT, quick(lane), "decode", 3)), "r@2")
 
 
-@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("lane", FAST_LANES)
 @pytest.mark.parametrize("side", ["source", "destination"])
 def test_a_peer_killed_while_bytes_flow_fails_the_transfer(lane: str, side: str, ranks: contextlib.ExitStack) -> None:
     options = quick(lane, chunk_bytes=1 << 20)
@@ -142,7 +146,7 @@ def test_blocks_reused_while_their_reader_is_stopped_are_not_taken_for_the_trans
     assert_moves(source, destination, "r@2")
 
 
-@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("lane", FAST_LANES)
 def test_a_source_that_was_stopped_while_bytes_flowed_changes_no_byte_after_the_abort(
     lane: str, ranks: contextlib.ExitStack
 ) -> None:
@@ -167,7 +171,7 @@ def test_a_source_that_was_stopped_while_bytes_flowed_changes_no_byte_after_the_
     assert differing(BIG, destination.view, wanted) == []
 
 
-@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("lane", FAST_LANES)
 def test_nothing_is_written_after_an_abort_where_blocks_are_packed_and_unpacked(
     lane: str, ranks: contextlib.ExitStack
 ) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kv_transfer.pairing import source_ranks
 from kv_transfer.plan import plan_pair, units_of
 from kv_transfer.transports.cuda_ipc import geometry, kernel
-from kv_transfer.transports.cuda_ipc.geometry import Family, UnitStep, families, mean_stretch_bytes, stretches
+from kv_transfer.transports.cuda_ipc.geometry import Family, Packing, UnitStep, families, mean_stretch_bytes, stretches
 from kv_transfer.transports.cuda_ipc.kernel import Divisor, Launch
 from tests import kv_oracle
 from tests.cuda_kernel_twin import locate, quotient
@@ -112,9 +112,9 @@ def test_what_is_packed_on_one_device_and_unpacked_on_another_is_what_a_straight
         straight.run(family, src_ids, dst_ids)
     src_bases, dst_bases, (buffer,) = staged.bases
     packed = np.arange(len(src_ids), dtype=np.int64)
-    for family in geometry.staging(plan.parts, plan, "src", src_bases, buffer):
+    for family in Packing(plan, "src", tuple(src_bases), is_out=True).families(plan.parts, buffer):
         staged.run(family, src_ids, packed)
-    for family in geometry.staging(plan.parts, plan, "dst", dst_bases, buffer):
+    for family in Packing(plan, "dst", tuple(dst_bases), is_out=False).families(plan.parts, buffer):
         staged.run(family, packed, dst_ids)
     for number, region in enumerate(memories[1]):
         size = len(region)

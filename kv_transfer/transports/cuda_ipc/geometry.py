@@ -94,34 +94,42 @@ def families(
     )
 
 
-def staging(parts: Sequence[Part], plan: PairPlan, side: str, bases: Sequence[int], packed: int) -> tuple[Family, ...]:
-    """Families that pack some parts of units, unit after unit, into memory at the address ``packed``, or out of it.
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """One side of a plan on one pool, to be packed into a buffer, or unpacked out of one.
 
-    Args:
-        side: "src" gathers out of a source's pool, "dst" scatters into a destination's.
-        bases: addresses of that pool's regions.
+    Attributes:
+        side: "src" or "dst": which one of the plan the pool is.
+        bases: addresses of the pool's regions.
+        is_out: whether units go out of the pool.
     """
-    step = UnitStep(1, *(2 * (sum(part.num_bytes for part in parts),)))
-    found: list[tuple[int, End, End]] = []
-    start = packed
-    for part in parts:
-        at = part.src if side == "src" else part.dst
-        pool = _runs(part, at, bases), _step(at, plan.src_units if side == "src" else plan.dst_units)
-        run = part.shape[-1]
-        buffer = np.arange(start, start + part.num_bytes, run, dtype=np.uint64), step
-        found.append((run, pool, buffer) if side == "src" else (run, buffer, pool))
-        start += part.num_bytes
-    return _gather(found)
 
+    plan: PairPlan
+    side: str
+    bases: tuple[int, ...]
+    is_out: bool
 
-def staging_by_part(
-    parts: Sequence[Part], plan: PairPlan, side: str, bases: Sequence[int], packed: int
-) -> tuple[Family, ...]:
-    """The same, a family for each part: for the order in which units are on their way, part after part.
+    def families(self, parts: Sequence[Part], packed: int) -> tuple[Family, ...]:
+        """For some parts of units, which lie in the buffer at the address ``packed``, unit after unit."""
+        step = UnitStep(1, *(2 * (sum(part.num_bytes for part in parts),)))
+        units = self.plan.src_units if self.side == "src" else self.plan.dst_units
+        found: list[tuple[int, End, End]] = []
+        start = packed
+        for part in parts:
+            at = part.src if self.side == "src" else part.dst
+            pool = _runs(part, at, self.bases), _step(at, units)
+            run = part.shape[-1]
+            buffer = np.arange(start, start + part.num_bytes, run, dtype=np.uint64), step
+            found.append((run, pool, buffer) if self.is_out else (run, buffer, pool))
+            start += part.num_bytes
+        return _gather(found)
 
-    Each part's units follow one another from the address ``packed`` on; the caller adds where the part begins.
-    """
-    return tuple(_only(staging([part], plan, side, bases, packed)) for part in parts)
+    def by_part(self, packed: int) -> tuple[Family, ...]:
+        """One family for each part of the plan: for the order in which units are on their way, part after part.
+
+        Each part's units follow one another from the address ``packed`` on; the caller adds where the part begins.
+        """
+        return tuple(_only(self.families([part], packed)) for part in self.plan.parts)
 
 
 def _only(found: tuple[Family, ...]) -> Family:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kv_transfer.plan import IntArray, PairPlan
 from kv_transfer.transports.cuda_ipc.copies import StreamCopies
-from kv_transfer.transports.cuda_ipc.geometry import Family, staging_by_part
+from kv_transfer.transports.cuda_ipc.geometry import Family, Packing
 from kv_transfer.transports.cuda_ipc.order import ComputeOrder
 from kv_transfer.transports.cuda_ipc.runtime import CudaFailed, Runtime
 from kv_transfer.views import BlockView, ByteArray, Iovecs
@@ -34,7 +34,7 @@ class HostStage:
         self._size = 0
         self.pinned: ByteArray = np.empty(0, np.uint8)
         self.address = 0
-        self._families: dict[tuple[PairPlan, str, int], Sequence[Family]] = {}
+        self._families: dict[tuple[Packing, int], Sequence[Family]] = {}
 
     @property
     def copies(self) -> StreamCopies:
@@ -59,10 +59,10 @@ class HostStage:
     def size(self) -> int:
         return self._size
 
-    def families(self, plan: PairPlan, side: str, bases: Sequence[int]) -> Sequence[Family]:
-        key = plan, side, self.address
+    def families(self, packing: Packing) -> Sequence[Family]:
+        key = packing, self.address
         if key not in self._families:
-            self._families[key] = staging_by_part(plan.parts, plan, side, bases, self.address)
+            self._families[key] = packing.by_part(self.address)
         return self._families[key]
 
     def hold_back(self) -> None:
@@ -93,7 +93,9 @@ class StagedView(BlockView):
 
     def __init__(self, plan: PairPlan, side: str, bases: Sequence[int], stage: HostStage) -> None:
         super().__init__(plan, is_direct=False)
-        self._plan, self._side, self._bases, self._stage = plan, side, bases, stage
+        self._plan, self._stage = plan, stage
+        self._out = Packing(plan, side, tuple(bases), is_out=True)
+        self._in = Packing(plan, side, tuple(bases), is_out=False)
 
     def iovecs(self, ids: IntArray) -> Iovecs:
         raise NotImplementedError("the host cannot address this pool")
@@ -104,7 +106,7 @@ class StagedView(BlockView):
         def fetch(first: int, count: int) -> None:
             # The stream does wait here: the events are of this process, which does not outlive itself.
             stage.order.follow(stage.stream)
-            self._launch(ids[first : first + count])
+            self._launch(self._out, ids[first : first + count])
             num_bytes = count * self.unit_bytes
             stage.runtime.copy_to_host(stage.pinned[:num_bytes], stage.address, stage.stream)
             stage.finish()
@@ -123,7 +125,7 @@ class StagedView(BlockView):
             stage.hold_back()
             num_bytes = count * self.unit_bytes
             stage.runtime.copy_from_host(stage.address, stage.pinned[:num_bytes], stage.stream)
-            self._launch(ids[first : first + count])
+            self._launch(self._in, ids[first : first + count])
             stage.finish()
 
         self._in_pieces(len(ids), put)
@@ -138,12 +140,12 @@ class StagedView(BlockView):
             except CudaFailed as exc:
                 raise OSError(str(exc)) from exc
 
-    def _launch(self, ids: IntArray) -> None:
+    def _launch(self, packing: Packing, ids: IntArray) -> None:
         """Pack units into the device's buffer, or unpack them out of it."""
         start = 0
-        for family in self._stage.families(self._plan, self._side, self._bases):
+        for family in self._stage.families(packing):
             packed = start + np.arange(len(ids), dtype=np.int64) * family.unit_bytes
-            if self._side == "src":
+            if packing.is_out:
                 self._stage.copies.launch(family, family.src_step.offsets(ids), packed)
             else:
                 self._stage.copies.launch(family, packed, family.dst_step.offsets(ids))

@@ -10,7 +10,7 @@ import numpy as np
 
 from kv_transfer.plan import IntArray, PairPlan, Part
 from kv_transfer.transports.cuda_ipc.copies import StreamCopies
-from kv_transfer.transports.cuda_ipc.geometry import Family, families, staging
+from kv_transfer.transports.cuda_ipc.geometry import Family, Packing, families
 from kv_transfer.transports.cuda_ipc.paths import Choice, Path, only
 from kv_transfer.transports.cuda_ipc.runtime import Runtime
 
@@ -120,6 +120,8 @@ class StagedMover(Mover):
         super().__init__(plan, group_of_layer, bases)
         self._runtime = runtime
         self._there, self._here = there, here = copies
+        self._gathering = Packing(plan, "src", tuple(self._src_bases), is_out=True)
+        self._scattering = Packing(plan, "dst", tuple(self._dst_bases), is_out=False)
         self._size = max(STAGE_BYTES, plan.unit_bytes)
         self._stages = [
             _Stage(
@@ -150,8 +152,8 @@ class StagedMover(Mover):
             stage = self._stages[self._next]
             self._next = 1 - self._next
             if groups not in stage.gather:
-                stage.gather[groups] = staging(parts, self._plan, "src", self._src_bases, stage.there)
-                stage.scatter[groups] = staging(parts, self._plan, "dst", self._dst_bases, stage.here)
+                stage.gather[groups] = self._gathering.families(parts, stage.there)
+                stage.scatter[groups] = self._scattering.families(parts, stage.here)
             packed = np.arange(len(src_ids[piece]), dtype=np.int64)
             # Not before what the buffer held the last time is out of it; nothing was recorded for the first one.
             runtime.wait(there.stream, stage.emptied)
