@@ -15,6 +15,7 @@ from kv_transfer.transports.cuda_ipc.runtime import Runtime
 from kv_transfer.views import ByteArray
 
 _LEAST_BUFFER_BYTES = 64 << 10
+_BUFFERS_AT_ONCE = 16
 
 
 @dataclass(slots=True)
@@ -33,6 +34,7 @@ class StreamCopies:
         self.device, self.stream = device, stream
         self._runtime, self._max_thread_blocks = runtime, max_thread_blocks
         self._buffers: list[_Buffer] = []
+        self._pinned: list[ByteArray] = []
         self._tables: dict[int, tuple[Family, int]] = {}
         self._held: list[int] = []
 
@@ -47,11 +49,12 @@ class StreamCopies:
 
     def close(self) -> None:
         for buffer in self._buffers:
-            self._runtime.free_pinned(buffer.pinned)
             self._runtime.destroy_event(buffer.free_after)
+        for pinned in self._pinned:
+            self._runtime.free_pinned(pinned)
         for address in self._held:
             self._runtime.free(self.device, address)
-        self._buffers, self._tables, self._held = [], {}, []
+        self._buffers, self._pinned, self._tables, self._held = [], [], {}, []
 
     def _copy(self, family: Family, src_ids: IntArray, dst_ids: IntArray, choice: Choice) -> Path:
         path = choice.path_for(mean_stretch_bytes(family, src_ids, dst_ids))
@@ -110,7 +113,12 @@ class StreamCopies:
             if len(buffer.pinned) >= num_bytes and self._runtime.is_done(buffer.free_after):
                 return buffer
         size = max(_LEAST_BUFFER_BYTES, 1 << (num_bytes - 1).bit_length())
-        pinned = self._runtime.allocate_pinned(size)
-        buffer = _Buffer(pinned, self.allocate(size), self._runtime.create_event(self.device))
-        self._buffers.append(buffer)
-        return buffer
+        # Several of the usual size at once: allocating takes longer than many a copy.
+        count = _BUFFERS_AT_ONCE if size == _LEAST_BUFFER_BYTES else 1
+        pinned = self._runtime.allocate_pinned(count * size)
+        address = self.allocate(count * size)
+        self._pinned.append(pinned)
+        for start in range(0, count * size, size):
+            event = self._runtime.create_event(self.device)
+            self._buffers.append(_Buffer(pinned[start : start + size], address + start, event))
+        return self._buffers[-1]

@@ -42,6 +42,7 @@ class MappedPool:
         self.region_bytes = [region.num_bytes for region in described.regions]
         self._handles: list[tuple[int, bytes]] = []
         self._events: list[int] = []
+        self._is_ordered = False
         try:
             self.device = device_of(runtime, described.uuid)
             self.is_reachable = self.device == our_device or runtime.can_access_peer(our_device, self.device)
@@ -63,6 +64,8 @@ class MappedPool:
         for device, handle in self._handles:
             with suppress(CudaFailed):
                 IMPORTS.close(self._runtime, device, handle)
+        if self._is_ordered:
+            self.order.close()
         self._events, self._handles = [], []
 
     def _use_own(self, described: Description) -> None:
@@ -71,6 +74,7 @@ class MappedPool:
             raise TransportFailed("it is a pool of this very process, which is closed")
         self.bases: Sequence[int] = pool.bases
         self.order = PeerOrder(self._runtime, pool.order.page, pool.order.events, pool.order.num_groups)
+        self._is_ordered = True
 
     def _open(self, device: int, described: Description, page_fd: int, layout: KVLayout) -> None:
         if described.num_groups != len(group_ends(layout.num_rank_layers)) or len(described.events) != (
@@ -90,6 +94,7 @@ class MappedPool:
         except (OSError, ValueError) as exc:
             raise TransportFailed(f"its order page cannot be mapped: {exc}") from exc
         self.order = PeerOrder(self._runtime, page, self._events, described.num_groups)
+        self._is_ordered = True
 
 
 def device_of(runtime: Runtime, uuid: bytes) -> int:

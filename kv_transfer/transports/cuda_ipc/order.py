@@ -111,7 +111,13 @@ class ComputeOrder:
         for event in (*self.events, self._written):
             self._runtime.destroy_event(event)
         self.events = []
+        self.page = np.empty(0, np.uint64)
         os.close(self.fd)
+        try:
+            self._mapping.close()
+        except BufferError:
+            # A reader in this very process still looks at it: the page goes with him.
+            pass
 
 
 class PeerOrder:
@@ -125,6 +131,10 @@ class PeerOrder:
         """
         self._runtime, self._page, self._events = runtime, page, events
         self.num_groups = num_groups
+
+    def close(self) -> None:
+        """Let go of the page."""
+        self._page = np.empty(0, np.uint64)
 
     def mark(self, block_ids: IntArray) -> int:
         """What ``groups_done`` needs to know of blocks that were announced."""
