@@ -17,12 +17,10 @@ from kv_transfer.errors import LayoutMismatch, ProtocolError, TransportFailed
 from kv_transfer.events import Received, TransferEvent, TransferFailed
 from kv_transfer.lanes import LaneReport
 from kv_transfer.options import TransferOptions
-from kv_transfer.pairing import grid_of, source_ranks
 from kv_transfer.peer import Peer, PeerState
-from kv_transfer.plan import IntArray, PairPlan, plan_pair
+from kv_transfer.plan import IntArray, PairPlan
 from kv_transfer.pool import BlockPool
 from kv_transfer.protocol import (
-    WIRE_VERSION,
     Abort,
     Blocks,
     Confirmed,
@@ -36,6 +34,7 @@ from kv_transfer.protocol import (
     decode,
 )
 from kv_transfer.receiving import Leg, ReceiveTransfer
+from kv_transfer.routes import Routes
 from kv_transfer.transports.base import Cancelled, Fetched, LaneEvent, Link, LinkDown, LinkUp, Refusal, Transport
 
 log = logging.getLogger("kv_transfer")
@@ -61,6 +60,7 @@ class DestinationSide:
     ) -> None:
         self._own, self._pool, self._options, self._control = own, pool, options, control
         self._checker = checker
+        self._routes = Routes(own.layout)
         self._transports, self._counters, self._report = tuple(transports), counters, report
         self._receives: dict[str, ReceiveTransfer] = {}
         self._by_token: dict[Token, str] = {}
@@ -224,30 +224,15 @@ class DestinationSide:
                 peer.keep_alive(now)
 
     def _plan_legs(self, source: Sequence[RankEndpoint], now: float) -> list[Leg]:
-        first = source[0].layout
-        ranks = {e.layout.rank: e for e in source if grid_of(e.layout) == grid_of(first)}
-        if len(source) != first.num_ranks or len(ranks) != first.num_ranks:
-            raise ProtocolError(
-                f"{len(source)} endpoints do not make up the {first.num_ranks} ranks of {source[0].name}"
-            )
-        for endpoint in source:
-            if endpoint.wire_version != WIRE_VERSION:
-                raise ProtocolError(
-                    f"the wire versions differ: {WIRE_VERSION} here and {endpoint.wire_version} at "
-                    f"{endpoint.describe()}; install the same release on both"
-                )
-        # All of them before any is connected to: an incompatible instance costs nothing.
-        plans = {rank: plan_pair(endpoint.layout, self._own.layout) for rank, endpoint in ranks.items()}
         legs = []
-        for rank in source_ranks(first, self._own.layout):
-            endpoint = ranks[rank]
+        for endpoint, plan in self._routes.of(source):
             peer = self._current.get(endpoint.nonce)
             if peer is None or peer.endpoint != endpoint:
                 peer = Peer(
                     own=self._own,
                     endpoint=endpoint,
-                    plan=plans[rank],
-                    sums=self._sums(plans[rank]),
+                    plan=plan,
+                    sums=self._sums(plan),
                     options=self._options,
                     control=self._control,
                     transports=self._transports,
@@ -255,7 +240,7 @@ class DestinationSide:
                     now=now,
                 )
                 self._current[endpoint.nonce] = self._peers[peer.key] = peer
-            legs.append(Leg(peer.key, peer.name, plans[rank], endpoint.layout.num_blocks, endpoint.layout.block_size))
+            legs.append(Leg(peer.key, peer.name, plan, endpoint.layout.num_blocks, endpoint.layout.block_size))
         return legs
 
     def _sums(self, plan: PairPlan) -> LayerSums | None:

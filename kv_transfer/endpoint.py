@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from kv_transfer.errors import InvalidEndpoint, InvalidLayout
 from kv_transfer.identity import ProcessIdentity
@@ -123,6 +124,12 @@ def endpoints_from_text(text: str) -> list[RankEndpoint]:
     Raises:
         InvalidEndpoint: says what is wrong with it.
     """
+    return list(_parse(text))
+
+
+@lru_cache(maxsize=64)
+def _parse(text: str) -> tuple[RankEndpoint, ...]:
+    """Decode is told the same text with each request of an instance."""
     if len(text) > MAX_ENDPOINTS_CHARS:
         raise InvalidEndpoint(f"endpoint records of {len(text)} characters: the limit is {MAX_ENDPOINTS_CHARS}")
     try:
@@ -131,7 +138,7 @@ def endpoints_from_text(text: str) -> list[RankEndpoint]:
         raise InvalidEndpoint(f"endpoint records are not readable: {exc}") from exc
     if not isinstance(records, list) or not records:
         raise InvalidEndpoint("there are no endpoint records: the peer cannot send KV blocks")
-    return [RankEndpoint.from_dict(record) for record in records]
+    return tuple(RankEndpoint.from_dict(record) for record in records)
 
 
 def _check_text(name: str, value: object, limit: int) -> str:

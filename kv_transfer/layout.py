@@ -23,6 +23,7 @@ AXES = ("token+head", "token", "head", "none")
 MAX_NAME_CHARS = 256
 MAX_BLOCKS = 2**31 - 1
 MAX_POOL_BYTES = 2**46
+MAX_RANKS = 4096
 # Tokens of a pool: each must have a number of 32 bits, as the blocks of two sizes may have no larger unit in common.
 MAX_POOL_TOKENS = 2**32 - 1
 
@@ -96,6 +97,8 @@ class KVLayout:
                 raise InvalidLayout(name, f"is {str(getattr(self, name))[:80]!r}: known are {', '.join(known)}")
         self._check_stages()
         self._check_opaque()
+        if self.num_ranks > MAX_RANKS:
+            raise InvalidLayout("tp_size", f"and pp_layers make {self.num_ranks} ranks: the limit is {MAX_RANKS}")
         for name, count in (("tp_rank", self.tp_size), ("pp_rank", self.pp_size)):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value < count:

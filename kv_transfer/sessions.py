@@ -51,9 +51,9 @@ class Session:
     """A destination's connection.
 
     Attributes:
-        plan, view: what it takes out of our blocks.
-        expected: all the ranks of its instance that have to do with this one.
         data_token: None until it has proved itself.
+        plan, view: what it takes out of our blocks; from then on.
+        expected: all the ranks of its instance that have to do with this one; from then on.
         tokens: of its transfers, the ones that wait for ``open_send`` included.
         sums: hashes what it takes, once it has asked for that.
     """
@@ -61,12 +61,12 @@ class Session:
     key: PeerKey
     hello: Hello
     layout: KVLayout
-    plan: PairPlan
-    view: BlockView
-    expected: frozenset[int]
     challenge: bytes
     last_heard: float
     data_token: bytes | None = None
+    plan: PairPlan = field(init=False)
+    view: BlockView = field(init=False)
+    expected: frozenset[int] = field(init=False)
     tokens: set[Token] = field(default_factory=set)
     sums: LayerSums | None = None
     _checksum: str = ""
@@ -200,14 +200,11 @@ class Sessions:
         if sum(s.data_token is None for s in self._sessions.values()) >= MAX_STRANGERS:
             self._refuse(key, Refused("busy", "too many connections that have not proved themselves"))
             return
-        challenge, plan = new_challenge(), plan_pair(self._own.layout, examined)
+        challenge = new_challenge()
         self._sessions[key] = Session(
             key=key,
             hello=hello,
             layout=examined,
-            plan=plan,
-            view=self._pool.view(plan, "src"),
-            expected=destination_ranks(self._own.layout, examined),
             challenge=challenge,
             last_heard=now,
         )
@@ -220,6 +217,10 @@ class Sessions:
             parting = Refused("secret", "the peers do not share the same transfer secret")
             self.lose(session.key, "it did not prove itself", now, parting)
             return
+        # Not before: strangers are to cost no more than their Hello.
+        session.plan = plan_pair(self._own.layout, session.layout)
+        session.view = self._pool.view(session.plan, "src")
+        session.expected = destination_ranks(self._own.layout, session.layout)
         session.data_token = secrets.token_bytes(TOKEN_BYTES)
         self._leases.admit(session.data_token)
         self._control.let_in(session.key)

@@ -100,6 +100,7 @@ def test_the_pool_of_a_placement_is_its_regions() -> None:
         ("pp_layers", "12"),
         ("pp_layers", [1.0, 2]),
         ("pp_rank", 1),
+        ("tp_size", 2**13),
         ("placement", []),
         ("placement", [[0], [[0, 0, 0]], 0, 0]),
         ("placement", [[2**20], [[0, 0, 4096]] * 6, 64, 32]),
