@@ -112,7 +112,7 @@ def resources() -> dict[str, int]:
         "descriptors": open_descriptors(),
         "threads": threading.active_count(),
         "mappings": mapped_pools(),
-        "records": sum(isinstance(o, SendTransfer | ReceiveTransfer | Lease | Leg) for o in gc.get_objects()),
+        "records": sum(type(o) in (SendTransfer, ReceiveTransfer, Lease, Leg) for o in gc.get_objects()),
     }
 
 

@@ -30,10 +30,10 @@ class Bytes(BlockPool):
     def __init__(self, layout: KVLayout, seed: int, packed_at: str | None) -> None:
         super().__init__(layout)
         self.packed_at = packed_at
-        self.memory = kv_oracle.memory_of(layout, np.random.default_rng(seed))
+        self.arrays = kv_oracle.memory_of(layout, np.random.default_rng(seed))
 
     def view(self, plan: PairPlan, side: str) -> BlockView:
-        found = HostView(plan, side, self.layout.num_blocks, self.memory)
+        found = HostView(plan, side, self.layout.num_blocks, self.arrays)
         if side == self.packed_at:
             found.is_direct = False
         return found
@@ -73,7 +73,7 @@ def test_a_flipped_byte_is_found_in_its_layer_and_block_and_nothing_else_is(
         block, within = divmod(int(dst_ids[unit]), plan.dst_units)
         at = part.dst.offset + block * part.dst.block_stride + within * part.dst.unit_stride
         at += sum(int(rng.integers(n)) * s for n, s in zip(part.shape, (*part.dst.strides, 1), strict=True))
-        destination.memory[part.dst.region][at] ^= 1 << int(rng.integers(8))
+        destination.arrays[part.dst.region][at] ^= 1 << int(rng.integers(8))
         assert sums.compare(src_ids, dst_ids, wanted) == Mismatch(layer, int(src_ids[unit]) // plan.src_units, block)
 
     check()
