@@ -38,6 +38,8 @@ class Handover:
             if len(aux) > MAX_AUX_BYTES:
                 raise ValueError(f"{len(aux)} bytes")
             raw = json.loads(aux)
+            if not isinstance(raw["first"], str):
+                raise ValueError("its first token is no text")
             output = decode_output(request_id, raw["first"])
             if not isinstance(output, Output) or len(output.token_ids) != 1:
                 raise ValueError("not one first token")
@@ -45,5 +47,5 @@ class Handover:
                 raise ValueError(f"KV of {raw['input_tokens']} input tokens, {num_input_tokens} are asked for")
             first = TokensOut(key, output.index, output.token_ids, output.logprobs)
             return cls(first, num_input_tokens, float(raw["prefill_s"]))
-        except (ValueError, TypeError, KeyError, RecursionError, SplitwiseError) as exc:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError, SplitwiseError) as exc:
             raise MalformedHandover(f"hand-over of {request_id} is not usable: {exc}") from exc

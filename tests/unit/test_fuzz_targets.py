@@ -20,6 +20,7 @@ NASTY = (
     b"[" * 5000, b'{"a":' * 5000, b'{"model":"m","prompt":' + b"[" * 2000, b"\xdd\xff\xff\xff\xff",
     b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", msgpack.packb({"v": 99}),
     msgpack.packb({"v": 1, "id": "x" * 10_000}), msgpack.packb([[[[[[[[]]]]]]]]), b"nan\n" * 40, "١٢:٣:٤".encode(),
+    b'{"first": {"a": 1}, "input_tokens": 3}', b'{"first":"1:0:5","input_tokens":3,"prefill_s":' + b"9" * 400 + b"}",
 )  # fmt: skip
 
 
