@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from kv_transfer.errors import InvalidLayout, LayoutMismatch
 from kv_transfer.layout import KVLayout, check_compatible
+from kv_transfer.pairing import destination_ranks, source_ranks
 from kv_transfer.placement import check_placement, packed
+from kv_transfer.plan import plan_pair
 
 LAYOUT = KVLayout(
     engine="transformers",
@@ -188,3 +190,20 @@ def test_pools_of_other_sizes_ranks_and_order_are_compatible() -> None:
     other = dataclasses.replace(LAYOUT, num_blocks=99, tp_size=1, tp_rank=0, packing="layer-major-hnd", block_size=8)
     check_compatible(LAYOUT, other)
     check_compatible(LAYOUT, SPLIT)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.dictionaries(st.sampled_from([*LAYOUT.to_dict()]), st.one_of(st.integers(-1, 70), st.lists(st.integers(0, 9))))
+)
+def test_whatever_is_compatible_has_a_plan(patch: dict[str, object]) -> None:
+    """A peer is told so before it proves anything; planning comes after, and must not fail."""
+    try:
+        theirs = KVLayout.from_dict({**LAYOUT.to_dict(), **patch})
+        check_compatible(LAYOUT, theirs)
+    except (InvalidLayout, LayoutMismatch):
+        return
+    for src, dst in ((LAYOUT, theirs), (theirs, LAYOUT)):
+        plan = plan_pair(src, dst)
+        assert plan.is_empty or plan.unit_bytes > 0
+        assert (src.rank in source_ranks(src, dst)) == (dst.rank in destination_ranks(src, dst))
