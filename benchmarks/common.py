@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
-PACKAGES = ("splitwise-sched", "numpy", "msgpack", "redis", "torch", "transformers")
+PACKAGES = ("splitwise-sched", "numpy", "msgpack", "redis", "torch", "transformers", "xllamacpp")
 
 
 @dataclass(frozen=True)

@@ -155,8 +155,8 @@ async def test_models_of_a_topic_have_shards_of_their_own_and_requests_go_by_mod
 async def test_engines_of_one_model_share_its_requests_and_never_form_a_pair(redis_server, topic):
     settings = sharded(redis_server, topic)
     async with AsyncExitStack() as stack:
-        for engine in ("a", "b"):
-            for role in (Role.PREFILL, Role.DECODE):
+        for role in (Role.PREFILL, Role.DECODE):
+            for engine in ("b", "a") if role is Role.DECODE else ("a", "b"):
                 name, layout = f"{engine}-{role.value}", {"kv.engine": engine}
                 await stack.enter_async_context(ToyInstance(settings, role, name, must_match=layout))
         frontend = await stack.enter_async_context(FrontEnd(settings))
