@@ -130,6 +130,10 @@ class ControlChannel:
         if watch is not None:
             self._reactor.drop(watch, "")
 
+    @property
+    def has_incoming(self) -> bool:
+        return bool(self._incoming)
+
     def take(self) -> list[Incoming]:
         """What has happened since the last call, in order."""
         found, self._incoming = self._incoming, []

@@ -405,8 +405,7 @@ class Messenger:
     def _work_off(self, reactor: Reactor, control: ControlChannel) -> None:
         """Everything that is on a queue, and what comes of it."""
         while True:
-            incoming = control.take()
-            for one in incoming:
+            for one in control.take():
                 self._handle(one, time.monotonic())
             while self._commands:
                 self._commands.popleft()(time.monotonic())
@@ -421,7 +420,7 @@ class Messenger:
                 else:
                     self._destination.take(event, time.monotonic())
             reactor.flush()
-            if not incoming and not self._commands and not self._lane_events:
+            if not control.has_incoming and not self._commands and not self._lane_events:
                 return
 
     def _handle(self, incoming: Incoming, now: float) -> None:

@@ -13,6 +13,8 @@ from benchmarks.kv.memcpy import CopyLoop
 from benchmarks.kv.paged import NUM_PLANES, Paged
 
 MIB = 1 << 20
+# Rounds of one block size that have not begun by then are left out.
+_BUDGET_S = 8.0
 # Moves slices: (source offsets, destination offsets, bytes at each).
 Mover = Callable[[np.ndarray, np.ndarray, int], None]
 
@@ -35,8 +37,11 @@ def measure(lane: str, numbers: Numbers, move: Mover, src: np.ndarray, dst: np.n
     for kib in numbers.block_kib:
         paged = Paged(kib << 10, numbers.pool_mib * MIB)
         rates, limits = [], []
+        give_up = time.perf_counter() + _BUDGET_S
         rounds = paged.rounds(kib, numbers.total_mib * MIB, numbers.slice_mib * MIB)
         for number, slices in zip(range(numbers.rounds + 1), rounds, strict=False):
+            if rates and time.perf_counter() > give_up:
+                break
             others = slices[len(slices) // 2 :] + slices[: len(slices) // 2]
             for one, other in zip(slices, others, strict=True):
                 src_at, dst_at = paged.offsets(one[0]), paged.offsets(one[1])
