@@ -8,9 +8,9 @@ from engine.port import KVPort, Loaded, PortEvent, Rejected, Released
 from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.errors import InvalidTransfer
 from kv_transfer.events import Received, Sent, TransferEvent
-from kv_transfer.memory import KVPool
 from kv_transfer.messenger import Messenger
 from kv_transfer.options import TransferOptions
+from kv_transfer.pool import BlockPool
 
 
 class MessengerPort(KVPort):
@@ -21,7 +21,7 @@ class MessengerPort(KVPort):
     """
 
     def __init__(
-        self, pool: KVPool, options: TransferOptions, *, name: str, on_event: Callable[[], None] | None = None
+        self, pool: BlockPool, options: TransferOptions, *, name: str, on_event: Callable[[], None] | None = None
     ) -> None:
         """
         Args:
