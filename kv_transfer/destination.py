@@ -344,6 +344,8 @@ class DestinationSide:
             peer.queue.drop(token)
         if peer is not None and peer.link is not None:
             peer.link.cancel(token)
+            # What it had under way made others wait.
+            peer.pump()
         elif not any(token in p.tokens for p in self._links.values()):
             self._settle([token])
 

@@ -169,8 +169,8 @@ def test_an_abort_does_not_wait_for_what_a_peer_never_answers(ranks: contextlib.
         wire.enter_context(wire_cut(0))
         posted = destination.counters()["rdma_batches_posted_total"]
         destination.receive("given up@1", [source.endpoint], range(100, 160))
-        destination.receive("other@1", [source.endpoint], range(180, 240))
         wait_for(lambda: destination.counters()["rdma_batches_posted_total"] > posted)
+        destination.receive("other@1", [source.endpoint], range(180, 240))
         if comes_back:
             wire.close()
         began = time.monotonic()

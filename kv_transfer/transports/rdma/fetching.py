@@ -58,22 +58,34 @@ class _Chunk:
 
 
 @dataclass(eq=False, slots=True)
+class _Staged:
+    """Units that go through a staging slot.
+
+    Attributes:
+        src_ids, dst_ids: [num_units]
+        slot: from the time on when their reads are made.
+        num_batches: that are not done.
+    """
+
+    src_ids: IntArray
+    dst_ids: IntArray
+    slot: int | None = None
+    num_batches: int = 1
+
+
+@dataclass(eq=False, slots=True)
 class _Batch:
     """Reads that are posted together.
 
     Attributes:
         part: number of the part that they are of.
-        reads: empty for units that go through the staging slots, until they are posted.
-        src_ids, dst_ids: [num_units], of those.
-        slot: the staging slot in use.
+        reads: empty for staged units without a slot.
     """
 
     chunk: _Chunk
     part: int
     reads: tuple[Read, ...] = ()
-    src_ids: IntArray | None = None
-    dst_ids: IntArray | None = None
-    slot: int | None = None
+    staged: _Staged | None = None
     lane: _Lane | None = None
 
 
@@ -120,7 +132,7 @@ class RdmaLink(Link):
         self._posted: dict[int, _Batch] = {}
         self._draining: dict[bytes, _Draining] = {}
         self._next_id = 0
-        self._depth = 0
+        self._depth = self._batch_reads = 1
         self._was_up = False
         self._has_completed = False
         self._last_progress = 0.0
@@ -188,6 +200,7 @@ class RdmaLink(Link):
         if self._staging is None and staged:
             self._staging = Staging(device, staged)
         self._depth = max(1, min(rdma.queue_depth, device.attributes.max_qp_wr, device.attributes.max_cqe // count))
+        self._batch_reads = min(MAX_BATCH_READS, self._depth)
         self._queue = CompletionQueue(device, count * self._depth)
         self._thread.loop.add_reader(self._queue.fd, self._on_completions)
         for _ in range(count):
@@ -231,7 +244,7 @@ class RdmaLink(Link):
                 order, most = np.argsort(src_ids, kind="stable"), self._staging.units_per_slot(part)
                 for start in range(0, len(order), most):
                     some = order[start : start + most]
-                    yield _Batch(chunk, number, src_ids=src_ids[some], dst_ids=dst_ids[some])
+                    yield _Batch(chunk, number, staged=_Staged(src_ids[some], dst_ids[some]))
                 continue
             reads = list(
                 merged_reads(
@@ -243,7 +256,7 @@ class RdmaLink(Link):
                 )
             )
             # A large chunk keeps all queue pairs busy.
-            most = max(1, min(MAX_BATCH_READS, -(-len(reads) // self._options.rdma.queue_pairs)))
+            most = max(1, min(self._batch_reads, -(-len(reads) // self._options.rdma.queue_pairs)))
             for together in group(reads, most):
                 yield _Batch(chunk, number, together)
 
@@ -252,8 +265,10 @@ class RdmaLink(Link):
         if not self._remote:
             return
         while self._waiting:
+            if not self._waiting[0].reads and not self._prepare(self._waiting[0]):
+                return
             batch, lane = self._waiting[0], min(self._lanes, key=lambda x: x.num_reads)
-            if not self._prepare(batch) or (lane.num_reads and lane.num_reads + len(batch.reads) > self._depth):
+            if lane.num_reads + len(batch.reads) > self._depth:
                 return
             self._waiting.popleft()
             source, target = self._ends(batch)
@@ -271,29 +286,34 @@ class RdmaLink(Link):
             self._count("batches_posted", 1)
 
     def _prepare(self, batch: _Batch) -> bool:
-        """Give a batch that goes through staging its slot; False when none is free."""
-        if batch.reads or self._staging is None or batch.src_ids is None:
-            return True
-        slot = self._staging.take()
-        if slot is None:
+        """Make the reads of staged units, the first in the queue; False while there is no slot for them."""
+        staged, part = batch.staged, self._parts[batch.part]
+        assert staged is not None and self._staging is not None
+        staged.slot = self._staging.take()
+        if staged.slot is None:
             return False
-        batch.slot, part = slot, self._parts[batch.part]
-        batch.reads = tuple(
+        reads = list(
             merged_reads(
-                part.sources(batch.src_ids),
-                slot + part.staged(len(batch.src_ids)),
+                part.sources(staged.src_ids),
+                staged.slot + part.staged(len(staged.src_ids)),
                 part.stretch_bytes,
                 max_pieces=1,
                 max_bytes=self._device.max_message_bytes,
             )
         )
+        batches = [_Batch(batch.chunk, batch.part, some, staged) for some in group(reads, self._batch_reads)]
+        staged.num_batches = len(batches)
+        batch.chunk.num_batches += len(batches) - 1
+        self._waiting.popleft()
+        self._waiting.extendleft(reversed(batches))
         return True
 
     def _ends(self, batch: _Batch) -> tuple[RemoteRegion, LocalRegion]:
         """The regions that a batch is read from and into."""
         part = self._parts[batch.part].part
-        target = self._regions[part.dst.region] if batch.slot is None or self._staging is None else self._staging.region
-        return self._remote[part.src.region], target
+        if batch.staged is not None and self._staging is not None:
+            return self._remote[part.src.region], self._staging.region
+        return self._remote[part.src.region], self._regions[part.dst.region]
 
     def _on_completions(self) -> None:
         if self._queue is None:
@@ -312,10 +332,7 @@ class RdmaLink(Link):
         chunk = batch.chunk
         if batch.lane is not None:
             batch.lane.num_reads -= len(batch.reads)
-        if batch.slot is not None and self._staging is not None:
-            if not chunk.is_cancelled and batch.dst_ids is not None and isinstance(self._view, HostView):
-                self._staging.scatter(batch.slot, self._parts[batch.part], self._view.parts[batch.part], batch.dst_ids)
-            self._staging.give_back(batch.slot)
+        self._leave_slot(batch)
         chunk.num_batches -= 1
         if not chunk.num_batches and not chunk.is_cancelled:
             self._post(Fetched(self, chunk.chunk_id))
@@ -332,7 +349,7 @@ class RdmaLink(Link):
         for batch in self._waiting:
             if batch.chunk.token == token:
                 batch.chunk.is_cancelled = True
-                self._give_back_slot(batch)
+                self._leave_slot(batch)
         self._waiting = deque(batch for batch in self._waiting if batch.chunk.token != token)
         under_way = {wr_id for wr_id, batch in self._posted.items() if batch.chunk.token == token}
         if not under_way:
@@ -364,18 +381,26 @@ class RdmaLink(Link):
         self._disconnect()
         posted, self._posted = list(self._posted.values()), {}
         for batch in reversed(posted):
-            self._give_back_slot(batch)
             batch.lane = None
-            if not batch.chunk.is_cancelled:
+            if batch.chunk.is_cancelled:
+                self._leave_slot(batch)
+            else:
                 self._waiting.appendleft(batch)
         for token in list(self._draining):
             self._drained(token)
         self._connection = self._thread.loop.create_task(self._run_connection())
 
-    def _give_back_slot(self, batch: _Batch) -> None:
-        if batch.slot is not None and self._staging is not None:
-            self._staging.give_back(batch.slot)
-            batch.slot, batch.reads = None, ()
+    def _leave_slot(self, batch: _Batch) -> None:
+        """A batch is done, or dropped; the last one of its slot takes what has arrived out of it."""
+        staged = batch.staged
+        if staged is None or staged.slot is None or self._staging is None:
+            return
+        staged.num_batches -= 1
+        if staged.num_batches:
+            return
+        if not batch.chunk.is_cancelled and isinstance(self._view, HostView):
+            self._staging.scatter(staged.slot, self._parts[batch.part], self._view.parts[batch.part], staged.dst_ids)
+        self._staging.give_back(staged.slot)
 
     def _look(self) -> None:
         """Reads that do not end although the device should have given them up: it has not."""

@@ -58,6 +58,7 @@ class WorkRequests:
         if any(len(read.pieces) > 1 for read in reads):
             self._post_lists(pair, reads, source, target, wr_id)
             return
+        assert len(reads) <= len(self._chain), "more reads than a chain has"
         # The chain cannot be cut short, so few reads use its end.
         first = len(self._chain) - len(reads)
         for number, read in enumerate(reads, first):

@@ -1,0 +1,168 @@
+"""The RDMA transport on simulated verbs, in this process: batches, staging, cancelling, connecting anew, letting go."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kv_transfer import KVLayout, RdmaOptions, Received, Sent, TransferFailed, TransferOptions
+from kv_transfer.transports.rdma.wire import MAGIC, REQUEST_HEAD_BYTES
+from tests.integration.kv_instances import PAIRS, Move
+from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, differing, pattern
+from tests.simulated_verbs import Fabric, install
+
+OPTIONS = TransferOptions(protocols=("rdma",), secret="a secret", chunk_bytes=8192)
+SMALL = RdmaOptions(queue_pairs=1, queue_depth=3, max_pieces=2, max_read_bytes=4096)
+
+
+@pytest.fixture
+def fabric(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fabric]:
+    made = install(monkeypatch)
+    yield made
+    # Whatever a test did, its ranks are closed by now.
+    assert made.in_use() == {}
+
+
+@pytest.fixture
+def rank(fabric: Fabric) -> Iterator[Callable[..., LocalRank]]:
+    with contextlib.ExitStack() as stack:
+
+        def make(layout: KVLayout, options: TransferOptions = OPTIONS, name: str = "rank", seed: int = 0) -> LocalRank:
+            made = LocalRank(layout, options, name, seed)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until, "it does not happen"
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("rdma", [RdmaOptions(), SMALL], ids=["usual", "small"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_every_byte_of_every_pair_of_layouts_arrives(
+    rank: Callable[..., LocalRank], pair: str, rdma: RdmaOptions
+) -> None:
+    options = dataclasses.replace(OPTIONS, rdma=rdma)
+    sources, destinations = PAIRS[pair]
+
+    def make(layout: KVLayout, name: str) -> LocalRank:
+        return rank(layout, options, name)
+
+    Move(sources, destinations, make, num_tokens=70).move("r@1", b"first token")
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_sge_rd": 1}, {"max_qp_wr": 2}, {"max_cqe": 3}])
+def test_a_device_s_limits_are_kept(fabric: Fabric, rank: Callable[..., LocalRank], limits: dict[str, int]) -> None:
+    fabric.device = limits
+    source, destination = rank(LAYOUT, name="prefill", seed=1), rank(LAYOUT, name="decode", seed=2)
+    src_ids, dst_ids = list(range(0, 200, 2)), list(range(199, 99, -1))
+    destination.receive("r@1", [source.endpoint], dst_ids)
+    source.send("r@1", src_ids)
+    assert isinstance(destination.wait("r@1"), Received)
+    assert isinstance(source.wait("r@1"), Sent)
+    wanted = pattern(LAYOUT, 2)
+    wanted[dst_ids] = pattern(LAYOUT, 1)[src_ids]
+    assert differing(LAYOUT, destination.view, wanted) == []
+
+
+def test_neighbours_at_the_source_are_one_read(fabric: Fabric, rank: Callable[..., LocalRank]) -> None:
+    options = dataclasses.replace(OPTIONS, chunk_bytes=1 << 20)
+    source, destination = rank(LAYOUT, options, "prefill", 1), rank(LAYOUT, options, "decode", 2)
+    destination.receive("r@1", [source.endpoint], [7, 3, 9, 1, 50, 51, 52, 53])
+    source.send("r@1", [20, 21, 22, 23, 30, 31, 32, 33])
+    assert isinstance(destination.wait("r@1"), Received)
+    assert fabric.num_reads == 2
+    assert (
+        differing(LAYOUT, destination.view[[7, 3, 9, 1, 50, 51, 52, 53]], source.view[[*range(20, 24), *range(30, 34)]])
+        == []
+    )
+
+
+def test_a_cancelled_transfer_ends_while_its_reads_do_not_and_the_others_are_read_again(
+    fabric: Fabric, rank: Callable[..., LocalRank]
+) -> None:
+    source, destination = rank(LAYOUT, name="prefill", seed=1), rank(LAYOUT, name="decode", seed=2)
+    for transfer_id, first in (("given up@1", 0), ("other@1", 100)):
+        source.send(transfer_id, range(first, first + 40))
+    fabric.is_stuck = True
+    destination.receive("given up@1", [source.endpoint], range(40))
+    wait_for(lambda: fabric.num_reads > 0)
+    destination.receive("other@1", [source.endpoint], range(100, 140))
+    destination.abort("given up@1", "its user has left")
+    fabric.is_stuck = False
+    assert isinstance(destination.wait("given up@1"), TransferFailed)
+    destination.view[:40] = 0xEE
+    assert isinstance(destination.wait("other@1"), Received)
+    assert (destination.view[:40] == 0xEE).all()
+    assert differing(LAYOUT, destination.view[100:140], source.view[100:140]) == []
+    assert destination.counters()["rdma_rebuilds_total"] == 1
+
+
+def test_an_error_costs_no_transfer_once_and_the_link_when_nothing_works_any_more(
+    fabric: Fabric, rank: Callable[..., LocalRank]
+) -> None:
+    source, destination = rank(LAYOUT, name="prefill", seed=1), rank(LAYOUT, name="decode", seed=2)
+    for number, failures in enumerate((0, 1, 1_000_000, 0)):
+        transfer_id = f"r{number}@1"
+        fabric.fail_next = failures
+        destination.receive(transfer_id, [source.endpoint], range(40))
+        source.send(transfer_id, range(60, 100))
+        ended = destination.wait(transfer_id)
+        source.wait(transfer_id)
+        fabric.fail_next = 0
+        if failures < 2:
+            assert isinstance(ended, Received), ended
+            assert differing(LAYOUT, destination.view[:40], source.view[60:100]) == []
+            destination.fill(number + 5)
+        else:
+            assert isinstance(ended, TransferFailed)
+            assert "the peer's NIC does not answer" in ended.reason
+
+
+def test_who_was_not_let_in_gets_no_queue_pair(fabric: Fabric, rank: Callable[..., LocalRank]) -> None:
+    source = rank(LAYOUT, name="prefill")
+    port = int(source.endpoint.transports["rdma"]["port"])
+    pairs = fabric.open["QP"]
+    for said in (b"GET / HTTP/1.1\r\n\r\n" + bytes(REQUEST_HEAD_BYTES), MAGIC + os.urandom(REQUEST_HEAD_BYTES)):
+        with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as sock:
+            sock.sendall(said)
+            # Hung up on, at most after one byte of refusal.
+            while sock.recv(64):
+                pass
+    wait_for(lambda: source.counters().get("rdma_strangers_total", 0) == 2)
+    assert fabric.open["QP"] == pairs
+
+
+def test_the_queue_pairs_of_a_peer_go_when_it_does(fabric: Fabric, rank: Callable[..., LocalRank]) -> None:
+    source = rank(LAYOUT, name="prefill", seed=1)
+    before = fabric.in_use()
+    threads = threading.active_count()
+    for number in range(3):
+        destination = LocalRank(LAYOUT, OPTIONS, "decode", seed=2)
+        destination.receive(f"r{number}@1", [source.endpoint], [1])
+        source.send(f"r{number}@1", [2])
+        assert isinstance(destination.wait(f"r{number}@1"), Received)
+        destination.close()
+    wait_for(lambda: fabric.in_use() == before and threading.active_count() == threads)
+
+
+def test_a_port_that_is_taken_or_missing_is_named(fabric: Fabric) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1]
+        options = dataclasses.replace(OPTIONS, rdma=RdmaOptions(ports=(number,)))
+        with pytest.raises(Exception, match=f"port {number} for RDMA peers"):
+            LocalRank(LAYOUT, options, "prefill")
+    with pytest.raises(Exception, match=r"has 2 ports: give 1"):
+        LocalRank(LAYOUT, dataclasses.replace(OPTIONS, rdma=RdmaOptions(ports=(1, 2))), "prefill")
