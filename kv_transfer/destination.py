@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -345,7 +346,7 @@ class DestinationSide:
         if peer is not None and peer.link is not None:
             peer.link.cancel(token)
             # What it had under way made others wait.
-            peer.pump()
+            peer.pump(time.monotonic())
         elif not any(token in p.tokens for p in self._links.values()):
             self._settle([token])
 
