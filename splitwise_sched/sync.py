@@ -74,8 +74,12 @@ class Instance:
 
     @property
     def address(self) -> str:
-        """The server, for people; "" before ``start``."""
-        return self._session.store.address if self._session is not None else ""
+        """The server, and the shard of several, for people; "" before ``start``."""
+        if self._session is None:
+            return ""
+        shards = self._settings.scheduler_shards
+        shard = f", shard {self._session.shard} of {shards}" if shards > 1 else ""
+        return f"{self._session.store.node}{shard}"
 
     def start(self, timeout_s: float = 30.0) -> None:
         """Raises what InstanceSession.start raises; nothing runs on after that."""
