@@ -45,7 +45,7 @@ BLOCK_KIB = (4, 16, 32, 64)
 QUEUE_PAIRS = (1, 4)
 TARGETS = {16: 0.5, 64: 0.8}
 TIMEOUT_S = 300.0
-VM_TIMEOUT_S = 1500
+VM_TIMEOUT_S = 1500.0
 
 
 def layout(block_kib: int, pool_mib: int) -> KVLayout:
