@@ -13,7 +13,7 @@ from enum import Enum
 
 from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.layout import KVLayout
-from kv_transfer.memory import KVPool
+from kv_transfer.pool import BlockPool
 from splitwise_sched.types import FinishReason, Request, TokenLogprob
 
 
@@ -110,7 +110,7 @@ class EngineDriver(ABC):
 
     @property
     @abstractmethod
-    def kv_pools(self) -> Sequence[KVPool]:
+    def kv_pools(self) -> Sequence[BlockPool]:
         """One pool a TP rank, in rank order, registered with that rank's messenger; they live until ``close``."""
 
     @abstractmethod

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.events import Received, Sent, TransferEvent, TransferFailed, TransferStats
-from kv_transfer.memory import KVPool
 from kv_transfer.messenger import Messenger
 from kv_transfer.options import TransferOptions
+from kv_transfer.pool import BlockPool
 
 
 @dataclass
@@ -26,7 +26,7 @@ class RankGroup:
     """One messenger a pool, in rank order. ``start`` before, ``close`` after everything else."""
 
     def __init__(
-        self, pools: Sequence[KVPool], options: TransferOptions, *, name: str, on_event: Callable[[], None]
+        self, pools: Sequence[BlockPool], options: TransferOptions, *, name: str, on_event: Callable[[], None]
     ) -> None:
         self._messengers = [
             Messenger(pool, _of_rank(options, rank), name=name, on_event=on_event) for rank, pool in enumerate(pools)

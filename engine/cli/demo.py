@@ -48,6 +48,11 @@ class DemoSettings(ExplicitSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "float32", description="Type of weights and KV; float32 makes answers exactly comparable."
     )
+    device: str = Field(
+        "cpu",
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+        description="cpu, cuda or cuda:<n>; of instances and generate().",
+    )
     requests: int = Field(64, ge=1, le=100_000, description="Requests to send.")
     concurrency: int = Field(16, ge=1, le=1024, description="Requests under way at a time.")
     chaos: bool = Field(
@@ -155,6 +160,7 @@ async def _start(settings: DemoSettings, console: Console, fleet: Fleet, model: 
     protocols = settings.cache_transfer_protocol or {"shm": "ipc,tcp", "tcp": "tcp"}[settings.transport]
     hosts = {"prefill": settings.prefill_host, "decode": settings.decode_host}
     flags = ("--cache-transfer-protocol", protocols, "--dtype", settings.dtype, "--served-model-name", MODEL_NAME,
+             "--device", settings.device,
              "--num-gpu-blocks-override", str(settings.kv_blocks))  # fmt: skip
     with console.status(f"{fleet.redis.description}; starting {count} instances and a gateway"):
         for role, number in (("prefill", settings.prefill), ("decode", settings.decode)):
@@ -250,5 +256,5 @@ def _reference(
 
     from engine.demo.reference import generate_reference
 
-    answers = generate_reference(model, requests, settings.dtype)
+    answers = generate_reference(model, requests, settings.dtype, settings.device)
     return list(track(answers, "the same through generate()", total=len(requests), console=console))

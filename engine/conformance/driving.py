@@ -76,6 +76,7 @@ def run_disaggregated(
         Results, and for each request the (layer, block) whose KV differs between the engines when it goes on.
     """
     (source,), (target,) = prefill.kv_pools, decode.kv_pools
+    assert isinstance(source, KVPool) and isinstance(target, KVPool), "blocks are copied by the host here"
     results: dict[str, Result] = {}
     different: dict[str, list[tuple[int, int]]] = {}
     tables: dict[str, list[int]] = defaultdict(list)

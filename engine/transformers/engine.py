@@ -20,7 +20,8 @@ from engine.transformers.probe import probe_kv_shape
 from engine.transformers.sampler import sample
 from engine.transformers.spans import CausalMasks
 from kv_transfer.layout import KVLayout
-from kv_transfer.memory import KVPool
+from kv_transfer.pool import BlockPool
+from kv_transfer.transports.cuda_ipc.pool import CudaPool
 
 
 class TransformersEngine(BatchingEngine):
@@ -55,13 +56,16 @@ class TransformersEngine(BatchingEngine):
         return self._pool.layout
 
     @property
-    def kv_pools(self) -> SequenceOf[KVPool]:
-        """Empty on a CUDA device, whose pool no other process can reach."""
+    def kv_pools(self) -> SequenceOf[BlockPool]:
+        """Empty where a mixed instance is on a GPU, and the host has not what it takes to share its memory."""
         return self._pool.shared
 
     @torch.inference_mode()
     def _compute(self, work: Work) -> SequenceOf[tuple[Sequence, Sampled | None]]:
         batch = build_batch(self._kv, work, self._masks)
+        for pool in self._pool.shared:
+            if isinstance(pool, CudaPool):
+                pool.begin_pass()
         logits = self._model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,

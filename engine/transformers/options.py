@@ -18,7 +18,7 @@ class TransformersOptions:
     Attributes:
         model: a model directory, or a Hugging Face hub id.
         served_model_name: the name that requests ask for; ``model`` when None.
-        role: prefill and decode need a pool that other processes can reach; mixed does not.
+        role: prefill and decode need a pool that other processes can reach: on a GPU, cupy. Mixed does not.
         dtype: of weights and KV; ``auto`` takes the model's own.
         device: ``cpu``, ``cuda`` or ``cuda:<n>``.
         block_size: tokens in a KV block.
@@ -66,8 +66,3 @@ class TransformersOptions:
             )
         if self.max_num_batched_tokens < self.max_num_seqs:
             refuse("max_num_batched_tokens", f"at least max_num_seqs ({self.max_num_seqs}): each needs a token a pass")
-        if self.device != "cpu" and self.role is not Role.MIXED:
-            raise ConfigError(
-                f"role {self.role.value!r} on device {self.device!r}: KV pools in GPU memory cannot be transferred by "
-                "this engine; use device 'cpu', or role 'mixed'"
-            )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 PLANES = 2
@@ -15,6 +17,7 @@ class PagedKV:
         head_dim: width of a head in the pool; both K and V are padded to it.
         packing: ``block-major`` [block][layer][K, V][token][head][head_dim], in which a block is one contiguous run,
             or ``layer-major`` [layer][K, V][block][token][head][head_dim].
+        on_layer: called when what writes a layer of a pass has been launched.
     """
 
     def __init__(
@@ -27,6 +30,7 @@ class PagedKV:
         num_kv_heads: int,
         head_dim: int,
         packing: str = "block-major",
+        on_layer: Callable[[int], None] | None = None,
     ) -> None:
         self.block_size = block_size
         self.num_kv_heads = num_kv_heads
@@ -34,6 +38,7 @@ class PagedKV:
         self.dtype = storage.dtype
         self.device = storage.device
         self._storage = storage
+        self._on_layer = on_layer
         # Strides in units of (block, layer, plane) rows.
         if packing == "block-major":
             self._block, self._layer, self._plane = num_layers * PLANES, PLANES, 1
@@ -66,6 +71,8 @@ class PagedKV:
         """Store K and V of new tokens; ``key`` and ``value``: [num_tokens, num_kv_heads, head_dim]."""
         self._k_tokens[layer].index_copy_(0, index, key.reshape(len(index), -1))
         self._v_tokens[layer].index_copy_(0, index, value.reshape(len(index), -1))
+        if self._on_layer is not None:
+            self._on_layer(layer)
 
     def gather(self, layer: int, index: torch.Tensor, num_seqs: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of blocks, one after the other: each [num_seqs, num_kv_heads, num_tokens, head_dim].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,10 +13,14 @@ from engine.transformers.loading import LoadedModel
 from engine.transformers.options import DEFAULT_KV_MEMORY_BYTES, TransformersOptions
 from engine.transformers.paged_kv import PagedKV
 from engine.transformers.probe import KVShape
-from kv_transfer.errors import KVTransferError
+from kv_transfer.errors import KVTransferError, TransportFailed
 from kv_transfer.layout import KVLayout
 from kv_transfer.memory import KVPool
+from kv_transfer.transports.cuda_ipc.pool import CudaPool
 from splitwise_sched.errors import ConfigError
+from splitwise_sched.types import Role
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -23,13 +28,13 @@ class EnginePool:
     """The pool and its views; closed with the engine.
 
     Attributes:
-        shared: the pool as shared memory, on CPU.
+        shared: the pool as peers reach it; empty on a GPU that nobody can be let into, for want of cupy.
         max_model_len: tokens of one sequence, at most.
     """
 
     layout: KVLayout
     kv: PagedKV
-    shared: tuple[KVPool, ...]
+    shared: tuple[KVPool | CudaPool, ...]
     max_model_len: int
 
     def close(self) -> None:
@@ -61,14 +66,16 @@ def allocate_pool(options: TransformersOptions, loaded: LoadedModel, shape: KVSh
         most = options.max_num_seqs * num_blocks_for(options.max_model_len or loaded.max_len, options.block_size)
         layout = replace(layout, num_blocks=max(1, min(budget // layout.block_bytes, most)))
     max_model_len = _max_model_len(options, loaded, layout)
-    shared: list[KVPool] = []
+    shared: list[KVPool | CudaPool] = []
     try:
         if options.device == "cpu":
-            shared.append(KVPool.allocate(layout))
-            storage = torch.frombuffer(shared[0].buffer, dtype=loaded.dtype)
+            pool = KVPool.allocate(layout)
+            shared.append(pool)
+            storage = torch.frombuffer(pool.buffer, dtype=loaded.dtype)
         else:
-            num_items = layout.pool_bytes // loaded.dtype.itemsize
-            storage = torch.zeros(num_items, dtype=loaded.dtype, device=options.device)
+            memory = torch.zeros(layout.pool_bytes, dtype=torch.uint8, device=options.device)
+            shared += _shared_on_device(options, layout, memory)
+            storage = memory.view(loaded.dtype)
     except (KVTransferError, torch.OutOfMemoryError) as exc:
         raise ConfigError(f"no KV pool of {layout.num_blocks} blocks: {exc}; lower kv_memory_bytes") from exc
     kv = PagedKV(
@@ -79,8 +86,25 @@ def allocate_pool(options: TransformersOptions, loaded: LoadedModel, shape: KVSh
         num_kv_heads=layout.num_kv_heads,
         head_dim=layout.head_dim,
         packing=layout.packing,
+        on_layer=shared[0].layer_done if shared and isinstance(shared[0], CudaPool) else None,
     )
     return EnginePool(layout, kv, tuple(shared), max_model_len)
+
+
+def _shared_on_device(options: TransformersOptions, layout: KVLayout, memory: torch.Tensor) -> list[CudaPool]:
+    """The pool as other processes reach it; none for a mixed instance on a host that cannot share it."""
+    device = memory.device
+
+    def stream() -> int:
+        return int(torch.cuda.current_stream(device).cuda_stream)
+
+    try:
+        return [CudaPool.of_tensors(layout, [memory], stream=stream)]
+    except TransportFailed as exc:
+        if options.role is not Role.MIXED:
+            raise ConfigError(f"role {options.role.value!r} on device {options.device!r}: {exc}") from exc
+        log.warning("KV blocks on %s stay where they are, as no peer can be let in: %s", options.device, exc)
+        return []
 
 
 def _max_model_len(options: TransformersOptions, loaded: LoadedModel, layout: KVLayout) -> int:
