@@ -6,6 +6,8 @@
 #   make test-peers   the transports over NIXL and Mooncake, with their wheels
 #   make test-rdma   the RDMA transport on Soft-RoCE devices, in a VM (see docs/rdma.md)
 #   make test-vllm   the vLLM connector and instances, in an environment of their own (3 GB)
+#   make gpu-wheels   what a GPU machine without a network needs for the next one, in .gpu-wheels/ (GPU_PYTHON=3.12)
+#   make gpu-check   on a machine with CUDA, torch and cupy: GPU tests, the demo on the GPU, the benchmark (docs/cuda.md)
 #   make chaos   real processes and faults drawn from a seed: SEED=1 DURATION=60 PLAN=mixed
 #                SERVER=redis|redis6|valkey|sentinel|cluster (CHAOS_ARGS="--json FILE --verbose")
 #   make soak    the same for an hour
@@ -29,6 +31,8 @@ DURATION ?= 60
 PLAN ?= mixed
 SERVER ?= redis
 CHAOS_ARGS ?=
+GPU_PYTHON ?= 3.12
+GPU_CHECK_ARGS ?=
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check --quiet
@@ -36,7 +40,7 @@ PEER_TESTS := $(addprefix tests/integration/,test_kv_conformance.py test_kv_faul
 RDMA_TESTS := $(addprefix tests/integration/,test_rdma.py test_kv_conformance.py test_kv_faults.py test_kv_lifetime.py)
 benchmarks := $(filter-out common,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
-.PHONY: demo test test-peers test-rdma test-vllm lint check chaos soak chaos-bugs fuzz bench wheel build clean
+.PHONY: demo gpu-wheels gpu-check test test-peers test-rdma test-vllm lint check chaos soak chaos-bugs fuzz bench wheel build clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-installed
@@ -71,6 +75,13 @@ $(VLLM_VENV)/.installed: setup.cfg pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[gateway,embedded]' \
 	    httpx openai psutil pytest pytest-asyncio pytest-timeout hypothesis safetensors
 	touch $@
+
+gpu-wheels:
+	PYTHON=$(PYTHON) scripts/gpu_wheels.sh .gpu-wheels $(GPU_PYTHON)
+
+# The machine's own Python, which has torch and cupy; nothing is fetched.
+gpu-check:
+	$(PYTHON) scripts/gpu_check.py $(GPU_CHECK_ARGS)
 
 lint: $(VENV)/.dev-installed
 	$(bin)/ruff check .

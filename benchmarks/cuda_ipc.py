@@ -59,13 +59,20 @@ def _fields(shape: KVLayout) -> dict[str, Any]:
     return {name: getattr(shape, name) for name in shape.__slots__}
 
 
+def some_blocks(rng: np.random.Generator, num_blocks: int, count: int) -> list[np.ndarray]:
+    """Random ids of a source and of a destination."""
+    return [rng.permutation(num_blocks)[:count].astype(np.int64) for _ in range(2)]
+
+
 def serve(pipe: Connection, block_kib: int, pool_mib: int) -> None:
     """The prefill process: holds a filled pool, and serves it by handle and by messenger until told to end."""
     import cupy
 
     shape = layout(block_kib, pool_mib)
     memory = cupy.empty(placement_of(shape).num_bytes, cupy.uint8)
-    memory[:] = cupy.random.randint(0, 256, memory.size, dtype=cupy.uint8)
+    for start in range(0, memory.size, 1 << 27):
+        piece = memory[start : start + (1 << 27)]
+        piece[:] = cupy.random.randint(0, 256, piece.size, dtype=cupy.uint8)
     pool = CudaPool.of_tensors(shape, [memory])
     cupy.cuda.get_current_stream().synchronize()
     (region,) = share(pool.runtime, pool.regions)
@@ -132,9 +139,7 @@ def measure(block_kib: int, args: argparse.Namespace, runtime: Runtime) -> list[
         parts = families(plan.parts, plan, [source], pool.bases)
         rng = np.random.default_rng(0)
         count = args.move_mib * 1024 // (block_kib * LAYERS * 2)
-        ids = [
-            [rng.permutation(shape.num_blocks)[:count].astype(np.int64) for _ in "sd"] for _ in range(args.rounds + 1)
-        ]
+        ids = [some_blocks(rng, shape.num_blocks, count) for _ in range(args.rounds + 1)]
         num_bytes = count * plan.unit_bytes
 
         def note(what: str, ms: float, **more: Any) -> None:
@@ -238,7 +243,7 @@ def fixed_cost(
     (shape, parts), (pipe, record, pool) = what, peer
     copies = StreamCopies(bench.runtime, 0, bench.stream, 4 * bench.runtime.num_multiprocessors(0))
     rng = np.random.default_rng(1)
-    ids = [[rng.permutation(shape.num_blocks)[:64].astype(np.int64) for _ in "sd"] for _ in range(args.rounds * 10)]
+    ids = [some_blocks(rng, shape.num_blocks, 64) for _ in range(args.rounds * 10)]
     kernel = only(0, CopyPath.KERNEL)
     host_us = []
 
@@ -266,13 +271,9 @@ def fixed_cost(
                 raise RuntimeError(f"a transfer failed: {events[0].reason}")
             whole_us.append((time.perf_counter() - began) * 1e6)
     size = 64 * LAYERS * 2 * 4096
+    enqueue_us = round(statistics.median(host_us), 2)
     return [
-        {
-            "what": "fixed",
-            "bytes": size,
-            "device_us": round(device_us, 2),
-            "enqueue_us": round(statistics.median(host_us), 2),
-        },
+        {"what": "fixed", "bytes": size, "device_us": round(device_us, 2), "enqueue_us": enqueue_us},
         {"what": "transfer", "bytes": size, "us": round(statistics.median(whole_us[1:]), 1)},
     ]
 

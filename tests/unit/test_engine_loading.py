@@ -21,7 +21,6 @@ from engine.transformers import TransformersOptions, create, loading  # noqa: E4
 from engine.transformers.fingerprint import fingerprint  # noqa: E402
 from splitwise_sched.errors import ConfigError  # noqa: E402
 from splitwise_sched.tokenizer import Tokenizer  # noqa: E402
-from splitwise_sched.types import Role  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +152,6 @@ def test_missing_tokenizer_is_told(model_dir: Path) -> None:
         ({"num_blocks": 0}, "num_blocks is 0"),
         ({"num_blocks": 4, "kv_memory_bytes": 4}, "both given"),
         ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "at least max_num_seqs"),
-        ({"device": "cuda", "role": Role.DECODE}, "role 'decode' on device 'cuda'"),
     ],
 )
 def test_option_that_cannot_work_is_named(changes: dict[str, Any], message: str) -> None:
