@@ -57,22 +57,22 @@ class Kills:
 
     def relocations_s(self, ledger: Ledger) -> list[float]:
         """From the kill until another instance was given the request, of those that went on."""
-        found = []
-        for victim in self.victims:
-            entry = ledger.entries.get(victim.request_id)
-            later = [at for epoch, at in entry.epochs.items() if epoch > victim.epoch] if entry else []
-            if later:
-                found.append(max(0.0, min(later) - victim.killed_at))
-        return found
+        again = ((victim, _began_again_at(victim, ledger)) for victim in self.victims)
+        return [max(0.0, at - victim.killed_at) for victim, at in again if at is not None]
 
     def gaps_s(self, ledger: Ledger) -> list[float]:
         """Silence that users of streams saw whose decode instance was killed."""
         found = []
         for victim in self.victims:
-            entry = ledger.entries.get(victim.request_id)
-            if entry is None or victim.role != "decode" or entry.outcome != "complete":
+            entry, again_at = ledger.entries.get(victim.request_id), _began_again_at(victim, ledger)
+            if entry is None or again_at is None or victim.role != "decode" or entry.outcome != "complete":
                 continue
-            around = [end - begin for begin, end in entry.gaps if begin - 0.1 <= victim.killed_at <= end]
+            around = [end - begin for begin, end in entry.gaps if begin <= again_at and end >= victim.killed_at]
             if around:
                 found.append(max(around))
         return found
+
+
+def _began_again_at(victim: Victim, ledger: Ledger) -> float | None:
+    entry = ledger.entries.get(victim.request_id)
+    return min((at for epoch, at in entry.epochs.items() if epoch > victim.epoch), default=None) if entry else None
