@@ -94,7 +94,7 @@ class Adversary:
         member.is_leaving = True
         member.signal(signal.SIGKILL)
         if member.is_instance:
-            await self._kills.note(member)
+            await self._kills.note(member, self._ledger)
         await member.gone
         if member.role == "frontend":
             orphans = self._ledger.killed((member.name, member.generation))

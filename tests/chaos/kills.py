@@ -32,7 +32,7 @@ class Kills:
         self.num_unseen = 0
         self._client, self._keys = client, keys
 
-    async def note(self, member: Member) -> None:
+    async def note(self, member: Member, ledger: Ledger) -> None:
         """Right after the kill of an instance."""
         at = time.monotonic()
         try:
@@ -40,7 +40,10 @@ class Kills:
         except (RedisError, OSError, asyncio.TimeoutError):
             self.num_unseen += 1  # Redis was away, too
             return
-        self.victims += [Victim(request_id, epoch, member.role, at) for request_id, epoch in held]
+        for request_id, epoch in held:
+            if request_id in ledger.entries:
+                ledger.entries[request_id].is_victim = True
+                self.victims.append(Victim(request_id, epoch, member.role, at))
 
     async def held_by(self, member: Member) -> list[tuple[str, int]]:
         """Runs that an instance has, as (request id, epoch)."""

@@ -9,14 +9,18 @@ from typing import Any
 
 from tests.chaos.workload import ask_of, fault_in
 
+PRUNED_EVERY = 5000
+KEPT_S = 120.0
 
-@dataclass
+
+@dataclass(slots=True)
 class Entry:
     """One request.
 
     Attributes:
         owner: the process whose user it is, as (name, generation).
         epochs: when a re-run was given to an instance, by epoch: monotonic time.
+        is_victim: an instance that held it was killed: it is kept to the end of the run.
     """
 
     owner: tuple[str, int]
@@ -25,17 +29,23 @@ class Entry:
     outcome: str = ""
     epochs: dict[int, float] = field(default_factory=dict)
     gaps: list[tuple[float, float]] = field(default_factory=list)
+    is_victim: bool = False
 
 
 class Ledger:
-    """Args:
-    timeout_s, grace_s: of a request; nobody may wait for longer than both together.
+    """
+    Args:
+        timeout_s, grace_s: of a request; nobody may wait for longer than both together.
+
+    Attributes:
+        entries: of requests that are open, or ended not long ago.
     """
 
     def __init__(self, timeout_s: float, grace_s: float) -> None:
         self.entries: dict[str, Entry] = {}
         self.open: dict[tuple[str, int], set[str]] = {}
-        self.orphans: set[str] = set()
+        self.num_submitted = 0
+        self.num_reruns = 0
         self.outcomes: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
         self.refused_with: dict[str, str] = {}
@@ -49,15 +59,19 @@ class Ledger:
     def submitting(self, owner: tuple[str, int], request_id: str) -> None:
         if request_id in self.entries:
             self.wrong.append(f"{request_id}: submitted twice by the harness")
+        self.num_submitted += 1
+        if self.num_submitted % PRUNED_EVERY == 0:
+            self._prune()
         self.entries[request_id] = Entry(owner, time.monotonic())
         self.open.setdefault(owner, set()).add(request_id)
 
     def ended(
         self, request_id: str, outcome: str, tokens: list[int], gaps: list[tuple[float, float]], detail: str
     ) -> None:
-        entry = self.entries[request_id]
-        if entry.ended_at is not None:
-            self.wrong.append(f"{request_id}: ended twice: {entry.outcome}, then {outcome}")
+        entry = self.entries.get(request_id)
+        if entry is None or entry.ended_at is not None:
+            before = "long ago" if entry is None else entry.outcome
+            self.wrong.append(f"{request_id}: ended twice: {before}, then {outcome}")
             return
         entry.ended_at, entry.outcome, entry.gaps = time.monotonic(), outcome, gaps
         self.open[entry.owner].discard(request_id)
@@ -84,8 +98,9 @@ class Ledger:
 
     def assigned(self, request_id: str, epoch: int, at: float) -> None:
         entry = self.entries.get(request_id)
-        if entry is not None:
-            entry.epochs.setdefault(epoch, at)
+        if entry is not None and epoch not in entry.epochs:
+            self.num_reruns += 1
+            entry.epochs[epoch] = at
 
     def is_rerun(self, runs: list[tuple[str, int]]) -> bool:
         """Whether one of these has begun again elsewhere."""
@@ -95,7 +110,8 @@ class Ledger:
     def killed(self, owner: tuple[str, int]) -> set[str]:
         """A front end was killed: nobody waits for its requests any more, which are returned."""
         orphans = self.open.pop(owner, set())
-        self.orphans |= orphans
+        for request_id in orphans:
+            self.entries[request_id].ended_at = time.monotonic()
         self.outcomes["orphaned"] += len(orphans)
         return orphans
 
@@ -107,9 +123,13 @@ class Ledger:
     def num_open(self) -> int:
         return sum(map(len, self.open.values()))
 
-    @property
-    def num_reruns(self) -> int:
-        return sum(len(entry.epochs) for entry in self.entries.values())
+    def _prune(self) -> None:
+        now = time.monotonic()
+        self.entries = {
+            request_id: entry
+            for request_id, entry in self.entries.items()
+            if entry.ended_at is None or entry.is_victim or now - entry.ended_at < KEPT_S
+        }
 
     def close(self) -> None:
         """Whoever still waits is lost."""
@@ -120,7 +140,7 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "submitted": len(self.entries),
+            "submitted": self.num_submitted,
             "outcomes": dict(self.outcomes),
             "refusals": dict(self.refusals),
             "tokens": self.num_tokens,
