@@ -13,7 +13,7 @@ from engine.transformers.loading import LoadedModel
 from engine.transformers.options import DEFAULT_KV_MEMORY_BYTES, TransformersOptions
 from engine.transformers.paged_kv import PagedKV
 from engine.transformers.probe import KVShape
-from kv_transfer.errors import KVTransferError, TransportFailed
+from kv_transfer.errors import InvalidLayout, KVTransferError, TransportFailed
 from kv_transfer.layout import KVLayout
 from kv_transfer.memory import KVPool
 from kv_transfer.transports.cuda_ipc.pool import CudaPool
@@ -50,21 +50,24 @@ def allocate_pool(options: TransformersOptions, loaded: LoadedModel, shape: KVSh
     Raises:
         ConfigError: there is not so much memory, or the pool and ``max_model_len`` do not fit.
     """
-    layout = KVLayout(
-        engine="transformers",
-        model=fingerprint(loaded.path),
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        num_layers=shape.num_layers,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        block_size=options.block_size,
-        num_blocks=options.num_blocks or 1,
-    )
-    if options.num_blocks is None:
-        budget = options.kv_memory_bytes or DEFAULT_KV_MEMORY_BYTES
-        # More than every sequence at its longest could use would never be touched.
-        most = options.max_num_seqs * num_blocks_for(options.max_model_len or loaded.max_len, options.block_size)
-        layout = replace(layout, num_blocks=max(1, min(budget // layout.block_bytes, most)))
+    try:
+        layout = KVLayout(
+            engine="transformers",
+            model=fingerprint(loaded.path),
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            block_size=options.block_size,
+            num_blocks=options.num_blocks or 1,
+        )
+        if options.num_blocks is None:
+            budget = options.kv_memory_bytes or DEFAULT_KV_MEMORY_BYTES
+            # More than every sequence at its longest could use would never be touched.
+            most = options.max_num_seqs * num_blocks_for(options.max_model_len or loaded.max_len, options.block_size)
+            layout = replace(layout, num_blocks=max(1, min(budget // layout.block_bytes, most)))
+    except InvalidLayout as exc:
+        raise ConfigError(f"no KV pool of {options.num_blocks} blocks: {exc}; lower kv_memory_bytes") from exc
     max_model_len = _max_model_len(options, loaded, layout)
     shared: list[KVPool | CudaPool] = []
     try:
