@@ -35,7 +35,7 @@ from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.shards import FRESH_S, Shard, Shards
 from splitwise_sched.store import NO_PREFERENCE, ORPHANED, Flow, Preference, Store
 from splitwise_sched.sweeper import Sweeper
-from splitwise_sched.tasks import Chores, keep_going
+from splitwise_sched.tasks import Chores, end, keep_going
 from splitwise_sched.types import FinishReason, Output, Request, check_id
 
 logger = logging.getLogger(__name__)
@@ -112,9 +112,7 @@ class FrontEnd:
         with contextlib.suppress(SplitwiseError, asyncio.TimeoutError):
             await asyncio.wait_for(self._leave(), timeout=5)
         recoveries = [s.recovery for s in self._streams.values() if s.recovery is not None]
-        for task in (*tasks, *recoveries):
-            task.cancel()
-        await asyncio.wait([*tasks, *recoveries])
+        await end(*tasks, *recoveries)
         await self._chores.close()
         for stream in self._streams.values():
             stream.put(RequestFailed(stream.request_id, "cancelled", "its front end was shut down"))

@@ -41,7 +41,7 @@ from splitwise_sched.records import (
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.store import Store
 from splitwise_sched.sweeper import Sweeper
-from splitwise_sched.tasks import keep_going
+from splitwise_sched.tasks import end, keep_going
 from splitwise_sched.types import Output, Request, RequestState, Role, check_id
 
 logger = logging.getLogger(__name__)
@@ -124,9 +124,7 @@ class InstanceSession:
         """Stop claiming, hand what is held back to the queue, give up the lease. Idempotent."""
         if self._supervisor is not None:
             assert self._sweeping is not None
-            self._supervisor.cancel()
-            self._sweeping.cancel()
-            await asyncio.wait([self._supervisor, self._sweeping])
+            await end(self._supervisor, self._sweeping)
             self._supervisor = None
             await self._stop_tasks()
             try:
@@ -146,8 +144,7 @@ class InstanceSession:
                 await self._has_moved.wait()
                 self._has_moved.clear()
             finally:
-                sweeping.cancel()
-                await asyncio.wait([sweeping])
+                await end(sweeping)
 
     async def _take_place(self, *, wants_company: bool = False) -> None:
         """Register, in a shard that has need of this instance when it is free to choose."""
@@ -264,10 +261,7 @@ class InstanceSession:
             self._emit(LeaseLost(reason, self.instance_id))
 
     async def _stop_tasks(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await end(*self._tasks)
         self._tasks = []
 
     def _lose(self, reason: str) -> None:
@@ -279,8 +273,7 @@ class InstanceSession:
         self._is_draining = True
         if self._claiming is not None and not self._claiming.done():
             async with self._binding:
-                self._claiming.cancel()
-                await asyncio.wait([self._claiming])
+                await end(self._claiming)
             await self._return_claims()
         await self.store.drain(self.instance_id)
 

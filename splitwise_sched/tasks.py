@@ -13,6 +13,20 @@ from splitwise_sched.errors import StoreUnavailable
 logger = logging.getLogger(__name__)
 
 BEGIN_AGAIN_S = 1.0
+CANCEL_AGAIN_S = 1.0
+
+
+async def end(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and wait until they have ended.
+
+    Until Python 3.12, asyncio.wait_for may swallow a cancellation that comes as what it waits for is done; so one that
+    goes on is cancelled again.
+    """
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
 
 
 async def keep_going(loop: Callable[..., Awaitable[None]], *args: Any) -> None:
@@ -43,11 +57,7 @@ class Chores:
 
     async def close(self) -> None:
         """Cancel what is under way."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await end(*self._tasks)
 
     @staticmethod
     async def _one(work: Coroutine[Any, Any, object]) -> None:
