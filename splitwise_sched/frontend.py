@@ -275,6 +275,7 @@ class FrontEnd:
         out = shard.store.keys.out(self.frontend_id)
         async with shard.store.reader() as reader:
             while True:
+                asked_at = time.monotonic()
                 try:
                     entries = await reader.read({out: shard.read_up_to}, BLOCK_MS, READ_COUNT)
                 except StoreUnavailable as exc:
@@ -283,6 +284,8 @@ class FrontEnd:
                     await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
                     continue
                 shard.seen_at = time.monotonic()
+                if len(entries) < READ_COUNT:
+                    shard.caught_up_at = asked_at
                 by_request: dict[str, list[str]] = {}
                 for _, entry_id, fields in entries:
                     for request_id, value in zip(fields[::2], fields[1::2], strict=True):
@@ -467,7 +470,10 @@ class FrontEnd:
     def _doubt(self, stream: OutputStream, state: str, reason: str) -> None:
         """Redis says that it ended, but its last output has not come: it may be under way, or trimmed away."""
         stream.doubts += 1
-        if stream.doubts < DOUBTS or stream.assembly.ended:
+        if stream.doubts == 1:
+            stream.doubted_at = time.monotonic()
+        is_behind = self.shards[stream.shard].caught_up_at <= stream.doubted_at
+        if stream.doubts < DOUBTS or is_behind or stream.assembly.ended:
             return
         if state == "done":
             stream.doubts = 0

@@ -28,6 +28,7 @@ class OutputStream(AsyncIterator[Output]):
         num_replicas: that had the request when it counted as submitted; None where nobody waited for that.
         gap_at: position at which tokens were missing when that was last looked at.
         doubts: times in a row that Redis said it had ended, with its last output still missing.
+        doubted_at: monotonic, s: the first of them.
     """
 
     def __init__(self, request: Request, nonce: str, deadline: float, cancel: Cancel) -> None:
@@ -41,6 +42,7 @@ class OutputStream(AsyncIterator[Output]):
         self.attempts = 0
         self.num_replicas: int | None = None
         self.doubts = 0
+        self.doubted_at = 0.0
         self.gap_at: int | None = None
         self.recovery: asyncio.Task[None] | None = None
         self._cancel = cancel

@@ -29,6 +29,7 @@ class Shard:
         index: its number in the topic.
         read_up_to: the last entry that was read of this front end's stream there.
         seen_at: monotonic, s: when Redis last answered.
+        caught_up_at: monotonic, s: what was in this front end's stream by then is read.
         depth: requests queued or in prefill, as of the last look, and those that this front end has added since.
         model: of the instances that are or were there; None: nobody was seen yet.
         is_live: somebody is there.
@@ -40,6 +41,7 @@ class Shard:
         self.store = Store(settings, index)
         self.read_up_to = "0-0"
         self.seen_at = 0.0
+        self.caught_up_at = 0.0
         self.verify_now = asyncio.Event()
         self.spill_now = asyncio.Event()
         self.depth = 0

@@ -6,8 +6,10 @@ import asyncio
 
 import pytest
 
+from splitwise_sched import frontend as frontend_module
 from splitwise_sched import tasks
 from splitwise_sched.codec import encode_request
+from splitwise_sched.connection import BlockingReader
 from splitwise_sched.errors import RequestFailed
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.instance import InstanceSession
@@ -119,3 +121,29 @@ async def test_instance_with_a_bug_in_a_task_begins_anew_under_another_id(redis_
 
 async def _is(condition) -> bool:
     return bool(condition())
+
+
+async def test_request_whose_last_outputs_are_yet_to_be_read_is_not_made_again(redis_server, topic, monkeypatch):
+    monkeypatch.setattr(frontend_module, "VERIFY_PERIOD_S", 0.05)
+    monkeypatch.setattr(frontend_module, "VERIFY_AFTER_S", 0.0)
+    settings = settings_for(redis_server, topic)
+    async with FrontEnd(settings) as frontend, ToyInstance(settings, Role.MIXED, "m0") as instance:
+        reads, may_read = BlockingReader.read, asyncio.Event()
+        outs = frontend.store.keys.out(frontend.frontend_id)
+
+        async def read(self, positions, *args):
+            if outs in positions:
+                await may_read.wait()
+            return await reads(self, positions, *args)
+
+        monkeypatch.setattr(BlockingReader, "read", read)
+        with redis_server.client() as client:
+            client.xadd(outs, {HELLO: "the read that is under way ends"})
+        request = request_of("r0", max_tokens=5)
+        stream = await frontend.submit(request)
+        # Redis says that it is done, again and again, before the front end reads on.
+        await until(lambda: _is(lambda: stream.doubts > 5))
+        may_read.set()
+        assert await tokens_of(stream) == toy_answer(request)
+        assert len(await instance.wait_for(PrefillAssigned)) == 1
+        assert stream.attempts == 0
