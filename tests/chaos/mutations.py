@@ -77,11 +77,13 @@ class Mutation:
     Attributes:
         plan: faults under which it shows; without any, load alone does.
         shows_as: what the run has to report: lost, wrong or leaked.
+        in_script: it changes the text of a script, which has to have that text.
     """
 
     plant: Callable[[], None]
     shows_as: str
     plan: tuple[Event, ...] = ()
+    in_script: bool = False
 
 
 _KILL = (Event(0.8, "kill decode", 0.0, 0.1),)
@@ -95,10 +97,10 @@ MUTATIONS: dict[str, Mutation] = {
         _in_class(Assembly, "feed", _repeats_go_through), "wrong"
     ),
     "queue entries are deleted and not acknowledged": Mutation(
-        _in_script("common", "  redis.call('XACK', P .. r.queue, 'prefill', r.queue_entry)\n", ""), "leaked"
+        _in_script("common", "  redis.pcall('XACK', queue, 'prefill', r.queue_entry)\n", ""), "leaked", in_script=True
     ),
     "a reservation outlives its request": Mutation(
-        _in_script("common", "    reserve(r.decode, -tonumber(r.kv_reserved or 0), -1)\n", ""), "leaked"
+        _in_script("common", "    reserve(r.decode, -number(r.kv_reserved), -1)\n", ""), "leaked", in_script=True
     ),
     "an instance goes on without its lease": Mutation(_in_class(InstanceSession, "_lose", _nothing), "leaked", _ZOMBIE),
     "the front end puts nothing back": Mutation(_in_class(FrontEnd, "_recover", _nothing), "lost", _KILL),

@@ -6,6 +6,8 @@ import asyncio
 
 import pytest
 
+from splitwise_sched import connection
+from tests.chaos.mutations import MUTATIONS, plant
 from tests.chaos.plan import PLANS, draw_plan
 from tests.chaos.rigs import RigMissing, program_of
 from tests.chaos.run import run
@@ -73,3 +75,10 @@ def test_re_run_goes_on_from_the_emitted_tokens_whatever_their_epochs():
     assert [next(again) for _ in range(5)] == [v for v, _ in zip(values(ask.prompt), range(8), strict=False)][
         len(emitted) :
     ][:5]
+
+
+@pytest.mark.parametrize("name", [name for name, mutation in MUTATIONS.items() if mutation.in_script])
+def test_bugs_to_plant_in_scripts_still_find_their_place(name, monkeypatch):
+    monkeypatch.setattr(connection, "_script_texts", connection._script_texts)
+    plant(name)
+    connection._script_texts()
