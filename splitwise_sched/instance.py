@@ -46,7 +46,7 @@ from splitwise_sched.types import Output, Request, RequestState, Role, check_id
 
 logger = logging.getLogger(__name__)
 
-BLOCK_MS = 2000
+BLOCK_MS = 5000
 MAX_CLAIM = 64
 MAX_HELD = 100_000
 HELD_POLL_S = 0.02
@@ -56,7 +56,7 @@ INBOX_FIELDS = {"id", "epoch", "prefill", "frontend"}
 BIND_RETRY_S = 0.01
 PAUSE_AFTER_FAILURE_S = 0.2
 # So many that a Redis which stands still for three quarters of a lease costs nobody its place.
-RENEWALS_A_LEASE = 6
+RENEWALS_A_LEASE = 5
 REREGISTER_PAUSE_S = 1.0
 
 
