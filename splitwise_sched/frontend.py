@@ -32,7 +32,7 @@ from splitwise_sched.outputs import Lost, decode_outputs
 from splitwise_sched.records import InstanceRecord
 from splitwise_sched.replication import ReplicationWatch
 from splitwise_sched.settings import SchedulerSettings
-from splitwise_sched.shards import FRESH_S, Shard, Shards
+from splitwise_sched.shards import Shard, Shards
 from splitwise_sched.store import NO_PREFERENCE, ORPHANED, Flow, Preference, Store
 from splitwise_sched.sweeper import Sweeper
 from splitwise_sched.tasks import Chores, end, keep_going
@@ -329,6 +329,7 @@ class FrontEnd:
 
     async def _put_back(self, stream: OutputStream, reason: str, done_too: bool, recall: bool) -> None:
         """Queue a lost request again, with what its user already has as part of its input."""
+        told_at = time.monotonic()
         emitted = tuple(stream.assembly.token_ids)
         request = replace(stream.request, emitted_token_ids=emitted)
         left_s = stream.deadline - time.monotonic()
@@ -341,7 +342,7 @@ class FrontEnd:
             self._end(stream, FinishReason.EXPIRED, f"its time was over; before that: {reason}")
             return
         try:
-            shard = await self._shard_to_go_on_in(stream)
+            shard = await self._shard_to_go_on_in(stream, told_at)
             if len(self.shards) > 1 and shard.model not in (None, request.model):
                 self._end(stream, FinishReason.ERROR, str(UnknownModel(request.model, self.shards.served)))
                 return
@@ -379,11 +380,12 @@ class FrontEnd:
         elif verdict == "ENDED":
             self._doubt(stream, *map(str, detail))
 
-    async def _shard_to_go_on_in(self, stream: OutputStream) -> Shard:
-        """Its own, or another when that has had nobody to serve it for some time."""
+    async def _shard_to_go_on_in(self, stream: OutputStream, told_at: float) -> Shard:
+        """Its own, or another when that has had nobody to serve it for some time, or has another model by now."""
         shard = self.shards[stream.shard]
         if len(self.shards) > 1:
-            await shard.look(FRESH_S)
+            # Whoever is there now may be why it was lost: what was known before that does not count.
+            await shard.look(time.monotonic() - told_at)
         refuge = self.shards.refuge(shard, stream.request.model)
         if refuge is None:
             return shard

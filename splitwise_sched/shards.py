@@ -19,8 +19,6 @@ from splitwise_sched.types import Role
 
 INSTANCES_CACHE_S = 0.5
 LOOK_PERIOD_S = 0.25
-# For a request that was lost: whoever is there now may be why. Many are lost at a time.
-FRESH_S = 0.05
 
 
 class Shard:
@@ -49,15 +47,21 @@ class Shard:
         self.is_live = False
         self.unserved_since: float | None = time.monotonic()
         self._num_prefill = 0
+        self._reading = asyncio.Lock()
         self._instances: tuple[float, list[InstanceRecord]] = (float("-inf"), [])
 
     async def instances(self, max_age_s: float = INSTANCES_CACHE_S) -> list[InstanceRecord]:
         """Live instances, as of so long ago at most."""
-        read_at, records = self._instances
-        if time.monotonic() - read_at > max_age_s:
-            records = await self.store.live_instances()
-            self._instances = (time.monotonic(), records)
-        return records
+        asked_at = time.monotonic()
+        if asked_at - self._instances[0] > max_age_s:
+            # Many may ask at a time: the first one's answer is all of theirs.
+            async with self._reading:
+                read_at, records = self._instances
+                if asked_at - read_at > max_age_s:
+                    began_at = time.monotonic()
+                    records = await self.store.live_instances()
+                    self._instances = (began_at, records)
+        return self._instances[1]
 
     @property
     def pressure(self) -> float:
