@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from splitwise_sched.errors import ConfigError, UnknownModel
 from splitwise_sched.frontend import FrontEnd
-from splitwise_sched.gateway.errors import unavailable
+from splitwise_sched.gateway.errors import ApiError, unavailable
 from splitwise_sched.records import InstanceRecord
 from splitwise_sched.tokenizer import Tokenizer
 from splitwise_sched.types import Role
 
 PREFILL_ROLES = (Role.PREFILL, Role.MIXED)
 DECODE_ROLES = (Role.DECODE, Role.MIXED)
+LOOK_AGAIN_S = 0.1
+MAX_REMEMBERED = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +59,33 @@ class ServedModels:
         self._frontend = frontend
         self._given = tokenizer
         self._tokenizers: dict[str, Tokenizer] = {}
+        self._served_at: dict[str, float] = {}
+        # A failover of Redis takes longer than a lease, and so does the restart of an instance.
+        self._patience_s = 2 + 2 * frontend.settings.instance_lease_s
         self._loading = asyncio.Lock()
 
     async def find(self, name: str) -> ServedModel:
-        """
+        """Waits a while for one that was served a moment ago: its instances may just be registering again.
+
         Raises:
             UnknownModel: no instance has it.
             ApiError: 503 when a kind of instance is missing, or its tokenizer
                 cannot be read here.
             StoreUnavailable: nobody knows.
         """
+        while True:
+            try:
+                served = await self._find(name)
+            except (ApiError, UnknownModel):
+                if time.monotonic() - self._served_at.get(name, float("-inf")) > self._patience_s:
+                    raise
+                await asyncio.sleep(LOOK_AGAIN_S)
+            else:
+                if len(self._served_at) < MAX_REMEMBERED or name in self._served_at:
+                    self._served_at[name] = time.monotonic()
+                return served
+
+    async def _find(self, name: str) -> ServedModel:
         shards = await self._frontend.instances_by_shard()
         records = [record for shard in shards for record in shard]
         topic = self._frontend.settings.scheduler_topic

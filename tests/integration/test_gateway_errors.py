@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -181,6 +182,26 @@ async def test_without_instances_requests_are_told_to_wait(redis_server: RedisSe
         assert topic in error_of(response, 503, "no_instance")["message"]
         assert response.headers["retry-after"]
         assert (await client.get("/v1/models")).json() == {"object": "list", "data": []}
+
+
+async def test_a_request_that_meets_a_gap_between_two_instances_waits_for_the_next(
+    redis_server: RedisServer, topic: str, tokenizer_dir: Path
+) -> None:
+    scheduler = scheduler_settings(redis_server, topic, instance_lease_s=10)
+    async with gateway(scheduler) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
+        async with ScriptedInstance(scheduler, tokenizer_dir):
+            assert (await client.post("/v1/completions", json=COMPLETION)).status_code == 200
+
+        async def is_gone() -> bool:
+            return (await client.get("/health")).status_code == 503
+
+        while not await is_gone():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        asking = asyncio.create_task(client.post("/v1/completions", json=COMPLETION))
+        await asyncio.sleep(0.3)
+        assert not asking.done()
+        async with ScriptedInstance(scheduler, tokenizer_dir):
+            assert (await asking).status_code == 200
 
 
 async def test_a_kind_of_instance_that_is_missing_is_named(
