@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from splitwise_sched.connection import Connection, as_dict
+from splitwise_sched.errors import CommandRefused, StoreUnavailable
 from splitwise_sched.records import Bound, Claim, InstanceRecord, Registration
 
 RECORD_FIELDS = frozenset(
@@ -84,6 +85,9 @@ class Store(Connection):
         """See submit.lua: the verdict and what comes with it. The body of a request that is refused does not stay.
 
         With durability "wait", the number of replicas that have it comes last.
+
+        Raises:
+            StoreUnavailable: the server does not answer, or has no memory left for the body.
         """
         k = self.keys
         keys = (k.request(request_id), k.queue, k.deadlines, k.counters, k.incoming(nonce), k.body(request_id))
@@ -96,8 +100,15 @@ class Store(Connection):
             self.tell_and_wait("SET", k.incoming(nonce), body, "PX", timeout_ms + retain_ms)
             reply, num_replicas = await self.script_and_wait("submit", keys, *args)
             return reply[0], [*reply[1:], num_replicas]
-        self.tell("SET", k.incoming(nonce), body, "PX", timeout_ms + retain_ms)
-        reply = await self.script("submit", keys, *args)
+        stored: list[Any] = []
+        self.tell("SET", k.incoming(nonce), body, "PX", timeout_ms + retain_ms, on_reply=stored.append)
+        try:
+            reply = await self.script("submit", keys, *args)
+        except CommandRefused as exc:
+            # The script finds no body that the server would not take.
+            if refused := next((r for r in stored if isinstance(r, CommandRefused)), None):
+                raise StoreUnavailable(f"Redis did not take the request's body: {refused}") from exc
+            raise
         return reply[0], reply[1:]
 
     async def resubmit(

@@ -10,7 +10,7 @@ from splitwise_sched import frontend as frontend_module
 from splitwise_sched import tasks
 from splitwise_sched.codec import encode_request
 from splitwise_sched.connection import BlockingReader
-from splitwise_sched.errors import RequestFailed
+from splitwise_sched.errors import RequestFailed, StoreUnavailable
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.instance import InstanceSession
 from splitwise_sched.records import LeaseLost, PrefillAssigned
@@ -147,3 +147,14 @@ async def test_request_whose_last_outputs_are_yet_to_be_read_is_not_made_again(r
         assert await tokens_of(stream) == toy_answer(request)
         assert len(await instance.wait_for(PrefillAssigned)) == 1
         assert stream.attempts == 0
+
+
+async def test_server_without_memory_is_named_as_the_reason_and_the_next_request_is_fine(private_redis_server, topic):
+    settings = settings_for(private_redis_server, topic)
+    async with FrontEnd(settings) as frontend:
+        with private_redis_server.client() as client:
+            client.config_set("maxmemory", 1)
+            with pytest.raises(StoreUnavailable, match=r"did not take the request's body: .*maxmemory"):
+                await frontend.submit(request_of("r0"))
+            client.config_set("maxmemory", 0)
+        await frontend.submit(request_of("r0"))
