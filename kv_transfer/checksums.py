@@ -97,7 +97,7 @@ def _pieces(view: BlockView, parts: tuple[Part, ...], ids: IntArray) -> Iterator
 
     How a unit is cut depends on the plan alone, so that both sides come to the same digests.
     """
-    if view.is_direct and isinstance(view, HostView):
+    if isinstance(view, HostView) and view.is_direct:
         for part_view in view.parts:
             for pieces in part_view.runs(ids):
                 yield 0, pieces

@@ -16,7 +16,7 @@ from kv_transfer.layout import KVLayout
 from kv_transfer.plan import IntArray, PairPlan, Part, Side
 from kv_transfer.pool import BlockPool
 from kv_transfer.tensors import Memory, place_tensors
-from kv_transfer.views import AnyArray, BlockView, ByteArray, Iovecs
+from kv_transfer.views import AnyArray, BlockView, ByteArray
 
 # Of the host's buffer, and of what the device packs at a time.
 STAGING_BYTES = 4 << 20
@@ -91,7 +91,7 @@ class StagedView(BlockView):
     """One side of a plan on a device's pool."""
 
     def __init__(self, plan: PairPlan, side: str, num_blocks: int, memory: Sequence[Memory], device: Device) -> None:
-        super().__init__(plan, is_direct=False)
+        super().__init__(plan)
         self._device, self._units = device, plan.src_units if side == "src" else plan.dst_units
         self._parts = [
             (part, self._array(part, part.src if side == "src" else part.dst, num_blocks, memory))
@@ -100,9 +100,6 @@ class StagedView(BlockView):
         largest = max((part.num_bytes for part in plan.parts), default=1)
         self._most = max(1, STAGING_BYTES // largest)
         self._staging = device.staging(self._most * largest)
-
-    def iovecs(self, ids: IntArray) -> Iovecs:
-        raise NotImplementedError("the host cannot address this pool")
 
     def gather(self, ids: IntArray, out: ByteArray | None = None) -> ByteArray:
         packed = np.empty(len(ids) * self.unit_bytes, np.uint8) if out is None else out

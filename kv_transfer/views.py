@@ -31,19 +31,10 @@ class BlockView(ABC):
 
     Attributes:
         unit_bytes: of each unit, over all parts.
-        is_direct: whether ``iovecs`` is worth its while.
     """
 
-    def __init__(self, plan: PairPlan, *, is_direct: bool) -> None:
+    def __init__(self, plan: PairPlan) -> None:
         self.unit_bytes = plan.unit_bytes
-        self.is_direct = is_direct
-
-    @abstractmethod
-    def iovecs(self, ids: IntArray) -> Iovecs:
-        """The units' bytes as they are on their way, where they lie in the pool; none of them empty. If direct.
-
-        Good as long as the view is.
-        """
 
     @abstractmethod
     def gather(self, ids: IntArray, out: ByteArray | None = None) -> ByteArray:
@@ -55,7 +46,11 @@ class BlockView(ABC):
 
 
 class HostView(BlockView):
-    """Of a pool that this process can address."""
+    """Of a pool that this process can address.
+
+    Attributes:
+        is_direct: whether ``iovecs`` is worth its while.
+    """
 
     def __init__(self, plan: PairPlan, side: str, num_blocks: int, regions: Sequence[ByteArray]) -> None:
         """
@@ -63,13 +58,18 @@ class HostView(BlockView):
             side: "src" or "dst": which one of the plan the pool is.
             regions: as in its placement; those of a source may be read-only.
         """
-        super().__init__(plan, is_direct=has_long_runs(plan.parts))
+        super().__init__(plan)
+        self.is_direct = has_long_runs(plan.parts)
         units = plan.src_units if side == "src" else plan.dst_units
         self.parts = [
             PartView(part, part.src if side == "src" else part.dst, num_blocks, units, regions) for part in plan.parts
         ]
 
     def iovecs(self, ids: IntArray) -> Iovecs:
+        """The units' bytes as they are on their way, where they lie in the pool; none of them empty.
+
+        Good as long as the view is.
+        """
         found = [part.iovecs(ids) for part in self.parts]
         return found[0] if len(found) == 1 else np.concatenate(found)
 

@@ -13,7 +13,7 @@ from kv_transfer.plan import IntArray
 from kv_transfer.reactor import READ, WRITE, Channel, ConnectionLost
 from kv_transfer.transports.tcp_buffers import Buffers, whole
 from kv_transfer.transports.tcp_wire import MAGIC, PREFACE, REQUEST, RESPONSE, STATUS_OK, STATUS_REFUSED
-from kv_transfer.views import BlockView, ByteArray
+from kv_transfer.views import BlockView, ByteArray, HostView
 
 TURN_BYTES = 8 << 20
 _SCRATCH_BYTES = 1 << 20
@@ -57,7 +57,7 @@ class _Request:
         self._targets = self._packed = None
 
     def _make_targets(self) -> Buffers:
-        if self._view.is_direct:
+        if isinstance(self._view, HostView) and self._view.is_direct:
             return Buffers(self._view.iovecs(self._dst_ids), self._view)
         self._packed = np.empty(self.num_bytes, np.uint8)
         return Buffers(whole(self._packed), self._packed)

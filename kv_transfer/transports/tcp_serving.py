@@ -26,7 +26,7 @@ from kv_transfer.transports.tcp_wire import (
     STATUS_OK,
     STATUS_REFUSED,
 )
-from kv_transfer.views import BlockView
+from kv_transfer.views import BlockView, HostView
 
 # Bytes that a connection may move before others get their turn.
 TURN_BYTES = 8 << 20
@@ -140,7 +140,7 @@ class _Response:
         return sent
 
     def _make_body(self, view: BlockView) -> Buffers:
-        if view.is_direct:
+        if isinstance(view, HostView) and view.is_direct:
             return Buffers(view.iovecs(self._ids), view)
         packed = view.gather(self._ids)
         return Buffers(whole(packed), packed)

@@ -13,7 +13,7 @@ from kv_transfer.transports.cuda_ipc.copies import StreamCopies
 from kv_transfer.transports.cuda_ipc.geometry import Family, Packing
 from kv_transfer.transports.cuda_ipc.order import ComputeOrder
 from kv_transfer.transports.cuda_ipc.runtime import CudaFailed, Runtime
-from kv_transfer.views import BlockView, ByteArray, Iovecs
+from kv_transfer.views import BlockView, ByteArray
 
 _STAGE_BYTES = 16 << 20
 _TIMEOUT_S = 10.0
@@ -92,13 +92,10 @@ class StagedView(BlockView):
     """Raises OSError where the device fails: whoever moves the bytes treats it as a broken connection."""
 
     def __init__(self, plan: PairPlan, side: str, bases: Sequence[int], stage: HostStage) -> None:
-        super().__init__(plan, is_direct=False)
+        super().__init__(plan)
         self._plan, self._stage = plan, stage
         self._out = Packing(plan, side, tuple(bases), is_out=True)
         self._in = Packing(plan, side, tuple(bases), is_out=False)
-
-    def iovecs(self, ids: IntArray) -> Iovecs:
-        raise NotImplementedError("the host cannot address this pool")
 
     def gather(self, ids: IntArray, out: ByteArray | None = None) -> ByteArray:
         stage, packed = self._stage, out if out is not None else np.empty(len(ids) * self.unit_bytes, np.uint8)
