@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ pytest.importorskip("transformers")
 from engine.demo.fleet import Fleet
 from engine.testing import make_tiny_model
 from splitwise_sched.frontend import FrontEnd
-from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.types import Request, SamplingParams
+from tests.e2e.killing import first, kill_one_under_load, tokens_of
 from tests.e2e.reference import generate
 from tests.engine_drivers import random_prompt
 
@@ -42,17 +41,6 @@ def expected(model: Path) -> dict[str, list[int]]:
     return generate(model, REQUESTS)
 
 
-async def first(condition: Callable[[], Awaitable[str | None]]) -> str:
-    """The first thing that ``condition`` gives; it looks at other processes, so there is nothing to await."""
-
-    async def poll() -> str:
-        while (found := await condition()) is None:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-        return found
-
-    return await asyncio.wait_for(poll(), 60)
-
-
 @pytest.mark.parametrize("victim", ["prefill", "decode"])
 async def test_killed_instance_costs_no_request_and_no_token(model, expected, victim):
     with Fleet() as fleet:
@@ -60,30 +48,8 @@ async def test_killed_instance_costs_no_request_and_no_token(model, expected, vi
             for index in range(2):
                 fleet.start_instance(role, index, model, FLAGS)
         await fleet.wait_for_instances(4)
-        async with FrontEnd(fleet.settings) as frontend:
-            streams = [await frontend.submit(r) for r in REQUESTS]
-            answers = [asyncio.create_task(tokens_of(s)) for s in streams]
-
-            async def held() -> str | None:
-                """The instance that a request is on at this moment, when it is of the victim's role."""
-                for stream in streams:
-                    under_way = victim == "prefill" or 10 < len(stream.assembly.token_ids) < NUM_OUTPUT // 2
-                    record = await frontend.request_record(stream.request_id)
-                    if under_way and record.get("state") == victim:
-                        return record[victim]
-                return None
-
-            instance_id = await first(held)
-            member = fleet.members.pop(instance_id.rpartition("-")[0])
-            member.process.kill()
-            got = await asyncio.wait_for(asyncio.gather(*answers), 120)
-            records = [await frontend.request_record(r.request_id) for r in REQUESTS]
-        fleet.check()
-    assert {r.request_id: a for r, a in zip(REQUESTS, got, strict=True)} == expected
-    rerun = [r for r in records if int(r["attempts"]) > 1]
-    name = instance_id.rpartition("-")[0]
-    assert rerun and all(name in r["history"] for r in rerun), [r.get("history") for r in rerun]
-    assert {r["state"] for r in records} == {"done"}
+        kill = lambda name: fleet.members.pop(name).process.kill()  # noqa: E731
+        await kill_one_under_load(fleet, REQUESTS, victim, kill, expected)
 
 
 async def test_terminated_instance_finishes_what_it_holds_and_ends(model, expected):
@@ -110,7 +76,3 @@ async def test_terminated_instance_finishes_what_it_holds_and_ends(model, expect
         fleet.check()
     assert {r.request_id: a for r, a in zip(REQUESTS, got, strict=True)} == expected
     assert {r["attempts"] for r in records} == {"1"}
-
-
-async def tokens_of(stream: OutputStream) -> list[int]:
-    return [token for output in [o async for o in stream] for token in output.token_ids]

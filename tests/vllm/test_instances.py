@@ -6,16 +6,15 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from engine.demo.fleet import Fleet, Member
-from splitwise_sched.frontend import FrontEnd
-from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.types import Request, SamplingParams
+from tests.e2e.killing import kill_one_under_load
 from tests.e2e.reference import generate
 from tests.engine_drivers import random_prompt
 
@@ -58,19 +57,6 @@ def fleet(model: Path) -> Iterator[Fleet]:
         yield fleet
 
 
-async def tokens_of(stream: OutputStream) -> list[int]:
-    return [token for output in [o async for o in stream] for token in output.token_ids]
-
-
-async def first(condition: Callable[[], Awaitable[str | None]]) -> str:
-    async def poll() -> str:
-        while (found := await condition()) is None:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-        return found
-
-    return await asyncio.wait_for(poll(), 60)
-
-
 def kill_all_of(member: Member) -> None:
     """The instance and vLLM's processes below it, as when its machine dies."""
     processes = [psutil.Process(member.process.pid)]
@@ -86,26 +72,8 @@ def kill_all_of(member: Member) -> None:
 @pytest.mark.parametrize("victim", ["prefill", "decode"])
 async def test_a_killed_instance_costs_no_request_and_no_token(fleet, expected, victim):
     await fleet.wait_for_instances(4, READY_S)
-    async with FrontEnd(fleet.settings) as frontend:
-        streams = [await frontend.submit(r) for r in REQUESTS]
-        answers = [asyncio.create_task(tokens_of(s)) for s in streams]
-
-        async def held() -> str | None:
-            for stream in streams:
-                under_way = victim == "prefill" or 5 < len(stream.assembly.token_ids) < NUM_OUTPUT // 2
-                record = await frontend.request_record(stream.request_id)
-                if under_way and record.get("state") == victim:
-                    return record[victim]
-            return None
-
-        name = (await first(held)).rpartition("-")[0]
-        kill_all_of(fleet.members.pop(name))
-        got = await asyncio.wait_for(asyncio.gather(*answers), 180)
-        records = [await frontend.request_record(r.request_id) for r in REQUESTS]
-    fleet.check()
-    assert {r.request_id: a for r, a in zip(REQUESTS, got, strict=True)} == expected
-    rerun = [r for r in records if int(r["attempts"]) > 1]
-    assert rerun and all(name in r["history"] for r in rerun), [r.get("history") for r in rerun]
+    kill = lambda name: kill_all_of(fleet.members.pop(name))  # noqa: E731
+    await kill_one_under_load(fleet, REQUESTS, victim, kill, expected)
 
 
 async def test_the_openai_api_gives_the_same_text_and_a_terminated_instance_finishes_what_it_holds(
