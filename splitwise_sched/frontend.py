@@ -32,7 +32,7 @@ from splitwise_sched.outputs import Lost, decode_outputs
 from splitwise_sched.records import InstanceRecord
 from splitwise_sched.replication import ReplicationWatch
 from splitwise_sched.settings import SchedulerSettings
-from splitwise_sched.shards import Shard, Shards
+from splitwise_sched.shards import INSTANCES_CACHE_S, Shard, Shards
 from splitwise_sched.store import NO_PREFERENCE, ORPHANED, Flow, Preference, Store
 from splitwise_sched.sweeper import Sweeper
 from splitwise_sched.tasks import Chores, end, keep_going
@@ -229,9 +229,9 @@ class FrontEnd:
         """Live instances of all shards, as of at most half a second ago."""
         return [record for records in await self.instances_by_shard() for record in records]
 
-    async def instances_by_shard(self) -> list[list[InstanceRecord]]:
-        """[num_shards] the same, apart: pairs form within a shard."""
-        return [await shard.instances() for shard in self.shards]
+    async def instances_by_shard(self, max_age_s: float = INSTANCES_CACHE_S) -> list[list[InstanceRecord]]:
+        """[num_shards] the same, apart: pairs form within a shard; 0: as they are from this call on."""
+        return [await shard.instances(max_age_s) for shard in self.shards]
 
     async def request_record(self, request_id: str) -> Mapping[str, str]:
         """The request's readable record, {} when there is none (any more)."""

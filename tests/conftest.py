@@ -6,6 +6,7 @@ import itertools
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -65,3 +66,13 @@ def private_redis_server() -> Iterator[RedisServer]:
 def topic() -> str:
     """A topic that no other test uses."""
     return f"test-{os.getpid()}-{next(_topics)}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What did not run, a line a reason: the failures below are then not lost among hundreds of lines."""
+    reports = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(r.longrepr[2]).removeprefix("Skipped: ") for r in reports if isinstance(r.longrepr, tuple))
+    if reasons:
+        terminalreporter.section("skipped")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:4} {reason[:300]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from splitwise_sched.errors import ConfigError, UnknownModel
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.gateway.errors import ApiError, unavailable
 from splitwise_sched.records import InstanceRecord
+from splitwise_sched.shards import INSTANCES_CACHE_S
 from splitwise_sched.tokenizer import Tokenizer
 from splitwise_sched.types import Role
 
@@ -73,20 +75,24 @@ class ServedModels:
                 cannot be read here.
             StoreUnavailable: nobody knows.
         """
+        with contextlib.suppress(ApiError, UnknownModel):
+            return self._seen(await self._find(name))
         while True:
             try:
-                served = await self._find(name)
+                # Nobody is refused for what was true a moment ago.
+                return self._seen(await self._find(name, max_age_s=0))
             except (ApiError, UnknownModel):
                 if time.monotonic() - self._served_at.get(name, float("-inf")) > self._patience_s:
                     raise
                 await asyncio.sleep(LOOK_AGAIN_S)
-            else:
-                if len(self._served_at) < MAX_REMEMBERED or name in self._served_at:
-                    self._served_at[name] = time.monotonic()
-                return served
 
-    async def _find(self, name: str) -> ServedModel:
-        shards = await self._frontend.instances_by_shard()
+    def _seen(self, served: ServedModel) -> ServedModel:
+        if len(self._served_at) < MAX_REMEMBERED or served.name in self._served_at:
+            self._served_at[served.name] = time.monotonic()
+        return served
+
+    async def _find(self, name: str, max_age_s: float = INSTANCES_CACHE_S) -> ServedModel:
+        shards = await self._frontend.instances_by_shard(max_age_s)
         records = [record for shard in shards for record in shard]
         topic = self._frontend.settings.scheduler_topic
         if not records:
