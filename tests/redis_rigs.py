@@ -255,6 +255,7 @@ class SentinelTrio(_Rig):
         program: str | None = None,
         *,
         down_after_ms: int = 1000,
+        failover_timeout_ms: int = 2000,
         options: Options | None = None,
         sentinel_options: Options | None = None,
         sentinel_client_options: Options | None = None,
@@ -280,7 +281,7 @@ class SentinelTrio(_Rig):
             sentinel_lines = {
                 "sentinel monitor": f"{self.service} {HOST} {first.port} 2",
                 f"sentinel down-after-milliseconds {self.service}": down_after_ms,
-                f"sentinel failover-timeout {self.service}": 3000,
+                f"sentinel failover-timeout {self.service}": failover_timeout_ms,
                 **(sentinel_options or {}),
             }
             self.sentinels = tuple(
@@ -343,6 +344,25 @@ class SentinelTrio(_Rig):
         if in_sync:
             _wait_in_sync(server)
             wait_until(self._is_complete, "the Sentinels know the replica")
+
+    def settle(self, timeout_s: float = 2 * CHANGE_TIMEOUT_S) -> None:
+        """Until all Sentinels name one master, it knows that it is one, and the other server follows it.
+
+        A server that stood still may have been replaced meanwhile, and go on as a master until they tell it, 8 s later.
+        """
+
+        def agreed() -> bool:
+            masters = {s.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.service)[1] for s in self.sentinels}
+            states = {str(s.port): _replication(s) for s in self.servers}
+            others = [state for port, state in states.items() if port not in masters]
+            return (
+                len(masters) == len(others) == 1
+                and states[masters.pop()]["role"] == "master"
+                and others[0].get("master_link_status") == "up"
+                and self._is_complete()
+            )
+
+        wait_until(agreed, "the Sentinels agree on a master, and the other server follows it", timeout_s)
 
     def _running_sentinel(self) -> RedisServer:
         return next(s for s in self.sentinels if s.is_running)
@@ -438,6 +458,15 @@ class Cluster(_Rig):
         node.start()
         wait_until(lambda: _replication(node).get("master_link_status") == "up", "it follows the new master")
         wait_until(self._all_serve, "all nodes see the whole cluster")
+
+    def settle(self, slot: int, timeout_s: float = 2 * CHANGE_TIMEOUT_S) -> None:
+        """Until all nodes see the whole cluster, and name the same master of ``slot``."""
+
+        def agreed() -> bool:
+            views = [v for v in map(self._view, self.nodes) if v is not None]
+            return len({m.port for view in views for ranges, m, _ in view if slot in ranges}) == 1 and self._all_serve()
+
+        wait_until(agreed, "all nodes name the same master", timeout_s)
 
     def migration(self, slot: int, target: RedisServer | None = None) -> Migration:
         """A move of ``slot`` to another master, to be taken step by step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from redis.exceptions import RedisError
 
@@ -26,8 +27,24 @@ class Victim:
     killed_at: float
 
 
+class Pause(NamedTuple):
+    """
+    Attributes:
+        in_outage: a fault of the server fell into it, too.
+    """
+
+    seconds: float
+    in_outage: bool
+
+
 class Kills:
+    """
+    Attributes:
+        outages: monotonic, (begin, end): faults of the server, until all agree on a master again.
+    """
+
     def __init__(self, client, keys: Keys) -> None:
+        self.outages: list[tuple[float, float]] = []
         self.victims: list[Victim] = []
         self.num_unseen = 0
         self._client, self._keys = client, keys
@@ -58,22 +75,25 @@ class Kills:
                 rows += await self._client.xrange(queue, claim["message_id"], claim["message_id"])
         return [(fields["id"], int(fields["epoch"])) for _, fields in rows]
 
-    def relocations_s(self, ledger: Ledger) -> list[float]:
+    def relocations(self, ledger: Ledger) -> list[Pause]:
         """From the kill until another instance was given the request, of those that went on."""
         again = ((victim, _began_again_at(victim, ledger)) for victim in self.victims)
-        return [max(0.0, at - victim.killed_at) for victim, at in again if at is not None]
+        return [self._pause(victim.killed_at, max(at, victim.killed_at)) for victim, at in again if at is not None]
 
-    def gaps_s(self, ledger: Ledger) -> list[float]:
+    def gaps(self, ledger: Ledger) -> list[Pause]:
         """Silence that users of streams saw whose decode instance was killed."""
-        found = []
+        found: list[Pause] = []
         for victim in self.victims:
             entry, again_at = ledger.entries.get(victim.request_id), _began_again_at(victim, ledger)
             if entry is None or again_at is None or victim.role != "decode" or entry.outcome != "complete":
                 continue
-            around = [end - begin for begin, end in entry.gaps if begin <= again_at and end >= victim.killed_at]
+            around = [self._pause(*gap) for gap in entry.gaps if gap[0] <= again_at and gap[1] >= victim.killed_at]
             if around:
                 found.append(max(around))
         return found
+
+    def _pause(self, begin: float, end: float) -> Pause:
+        return Pause(end - begin, any(begin <= over and end >= since for since, over in self.outages))
 
 
 def _began_again_at(victim: Victim, ledger: Ledger) -> float | None:

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tests.chaos.kills import Pause
 from tests.chaos.spec import RunSpec
 
 MAX_SHOWN = 10
@@ -36,8 +37,8 @@ class Result:
     leaked: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    relocations_s: list[float] = field(default_factory=list)
-    gaps_s: list[float] = field(default_factory=list)
+    relocations: list[Pause] = field(default_factory=list)
+    gaps: list[Pause] = field(default_factory=list)
 
     @property
     def problems(self) -> dict[str, list[str]]:
@@ -45,13 +46,11 @@ class Result:
         return {name: found for name, found in named.items() if found}
 
     @property
-    def times_s(self) -> dict[str, float | None]:
-        return {
-            "relocation p50": percentile(self.relocations_s, 0.5),
-            "relocation p99": percentile(self.relocations_s, 0.99),
-            "gap p50": percentile(self.gaps_s, 0.5),
-            "gap p99": percentile(self.gaps_s, 0.99),
-        }
+    def times_s(self) -> dict[str, dict[str, float | int | None]]:
+        """Of all kills, and of those without a fault of the server before all was well again."""
+        named = {"relocation": self.relocations, "gap": self.gaps}
+        served = {f"{name}, server there": [p for p in found if not p.in_outage] for name, found in named.items()}
+        return {name: _times([pause.seconds for pause in found]) for name, found in {**named, **served}.items()}
 
     def to_json(self) -> dict[str, Any]:
         counts = {name: len(getattr(self, name)) for name in ("lost", "wrong", "late", "leaked", "failed")}
@@ -59,7 +58,6 @@ class Result:
             "spec": asdict(self.spec), "server": self.server, "load_s": round(self.load_s, 1),
             "requests": self.requests, "faults": dict(self.faults), "skipped": self.skipped, "counts": counts,
             "problems": self.problems, "notes": self.notes, "times_s": self.times_s, "targets_s": TARGETS_S,
-            "num_relocations": len(self.relocations_s), "num_gaps": len(self.gaps_s),
         }  # fmt: skip
 
     def table(self) -> str:
@@ -72,8 +70,10 @@ class Result:
             ("refused with an error", _counts(requests["refusals"])),
             ("faults", f"{sum(self.faults.values())}: {_counts(self.faults)}"),
             ("not carried out", _counts(self.skipped)),
-            ("killed to running elsewhere", self._times("relocation", len(self.relocations_s))),
-            ("silence of a killed stream", self._times("gap", len(self.gaps_s))),
+            ("killed to running elsewhere", self._told("relocation")),
+            ("with the server there", self._told("relocation, server there")),
+            ("silence of a killed stream", self._told("gap")),
+            ("with the server there", self._told("gap, server there")),
             *((name, str(len(getattr(self, name)))) for name in ("lost", "wrong", "late", "leaked", "failed")),
         ]  # fmt: skip
         lines = [f"{name:>28}  {text}" for name, text in rows if text]
@@ -83,14 +83,20 @@ class Result:
                 lines.append(f"  {name}: and {len(found) - MAX_SHOWN} more")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
-    def _times(self, name: str, count: int) -> str:
-        if not count:
+    def _told(self, name: str) -> str:
+        times = self.times_s[name]
+        if not times["count"]:
             return ""
         parts = []
-        for part in ("p50", "p99"):
-            target = TARGETS_S.get(f"{name} {part}")
-            parts.append(f"{part} {self.times_s[f'{name} {part}']} s" + (f" (target {target:g})" if target else ""))
-        return f"{', '.join(parts)}, of {count}"
+        for part in ("p50", "p99", "max"):
+            target = TARGETS_S.get(f"{name.partition(',')[0]} {part}")
+            parts.append(f"{part} {times[part]} s" + (f" (target {target:g})" if target else ""))
+        return f"{', '.join(parts)}, of {times['count']}"
+
+
+def _times(seconds: list[float]) -> dict[str, float | int | None]:
+    parts = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+    return {**{name: percentile(seconds, part) for name, part in parts.items()}, "count": len(seconds)}
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -45,7 +45,7 @@ class Rig(Protocol):
     async def close(self) -> None: ...
 
     async def do(self, fault: str, seconds: float) -> None:
-        """Carry out a fault for so long, and end it."""
+        """Carry out a fault for so long, end it, and wait until there is a master that all agree on."""
 
 
 class _Rig:
@@ -83,6 +83,10 @@ class _Rig:
 
     async def do(self, fault: str, seconds: float) -> None:
         await asyncio.to_thread(self._faults[fault], seconds)
+        await asyncio.to_thread(self._settle)
+
+    def _settle(self) -> None:
+        """Wait for what others make of a fault: they may have put another in the place of whoever had it."""
 
     async def close(self) -> None:
         await self.client.aclose()
@@ -156,6 +160,9 @@ class Sentinels(_Rig):
     def _server(self) -> RedisServer:
         return self._trio.master
 
+    def _settle(self) -> None:
+        self._trio.settle()
+
     def _failover(self, seconds: float) -> None:
         old = self._trio.kill_master()
         if self._has_new_master(old):
@@ -202,6 +209,9 @@ class Clusters(_Rig):
 
     def _server(self) -> RedisServer:
         return self._cluster.master_of(self._slot)
+
+    def _settle(self) -> None:
+        self._cluster.settle(self._slot)
 
     def _failover(self, seconds: float) -> None:
         if not self._cluster.replicas_of(self._slot):

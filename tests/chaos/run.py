@@ -125,7 +125,7 @@ class _Run:
             spec=spec, server=self.rig.version, load_s=load_s, requests=self.ledger.to_json(), faults=adversary.done,
             skipped=dict(adversary.skipped), lost=self.ledger.lost, wrong=self.ledger.wrong, late=self.ledger.late,
             leaked=self.leaked, failed=self.failed + adversary.problems, notes=self.notes,
-            relocations_s=self.kills.relocations_s(self.ledger), gaps_s=self.kills.gaps_s(self.ledger),
+            relocations=self.kills.relocations(self.ledger), gaps=self.kills.gaps(self.ledger),
         )  # fmt: skip
 
     async def _start(self) -> list[Member]:
