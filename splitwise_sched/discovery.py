@@ -73,9 +73,11 @@ class Servers(ABC):
 
     Attributes:
         has_successors: another server takes over when this one dies.
+        found: who was connected to last, of all connections to the shard.
     """
 
     has_successors = True
+    found: Address | None = None
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
@@ -105,12 +107,14 @@ class Servers(ABC):
         """A connection of redis-py's to the master; whoever asks for it closes it. Raises LinkFailed."""
         address = await self.locate()
         try:
-            return await self.connect_to(address)
+            connection = await self.connect_to(address)
         except LinkFailed as exc:
             self.forget()
             # Whoever named it may not know yet that it is gone, and will name another.
             exc.is_passing = self.has_successors and exc.tls is None and not isinstance(exc, AccessDenied)
             raise
+        self.found = address
+        return connection
 
     async def connect_to(self, address: Address, **options: Any) -> Any:
         """A connection to this very server. Raises LinkFailed."""

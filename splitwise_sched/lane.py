@@ -18,10 +18,11 @@ from splitwise_sched.resp import ReplyError, pack
 from splitwise_sched.wire import Wire
 
 RETRY_FIRST_S, RETRY_MAX_S = 0.02, 0.5
-# The server lives, but not for this command: others have the shard, or will.
-_LEAVE = ("READONLY", "MASTERDOWN", "CLUSTERDOWN")
-# It loads its data, a slot's keys are in two places, its replicas are away.
-_STAY = ("LOADING", "TRYAGAIN", "NOREPLICAS")
+# The server lives, but not for this command: others have the shard, or will. One without its replicas may have been
+# replaced by one of them, and not know it for long.
+_LEAVE = ("READONLY", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS")
+# It loads its data, a slot's keys are in two places.
+_STAY = ("LOADING", "TRYAGAIN")
 _PASSING = (*_LEAVE, *_STAY, "MOVED")
 ASKING = pack(("ASKING",))
 

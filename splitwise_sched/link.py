@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from splitwise_sched.discovery import COMMAND_TIMEOUT_S, LinkFailed, Servers
+from splitwise_sched.discovery import COMMAND_TIMEOUT_S, Address, LinkFailed, Servers
 from splitwise_sched.resp import ReplyError, pack
 from splitwise_sched.wire import Wire
 
@@ -19,10 +19,14 @@ class Link:
         self.servers = servers
         self._made: Any = None
         self._wire: Wire | None = None
+        self._address: Address | None = None
         self._asked: Link | None = None
 
     async def wire(self) -> Wire:
         """Raises LinkFailed."""
+        if self._wire is not None and self._address != self.servers.found:
+            # Another connection has found another master: this one's may go on without knowing that it is none.
+            self.close()
         if self._wire is None or self._wire.lost is not None:
             self.broke()
             connecting = asyncio.ensure_future(self.servers.connect())
@@ -38,6 +42,7 @@ class Link:
             # Kept as long as the wire: redis-py closes the transport of a connection that nobody holds.
             self._made = connecting.result()
             self._wire = Wire(self._made._writer.transport)
+            self._address = (self._host, self._made.port) if self._host else None
         return self._wire
 
     async def try_out(self) -> None:

@@ -250,6 +250,23 @@ async def test_a_request_that_only_the_dead_master_had_is_put_back_by_its_front_
     await asyncio.to_thread(trio.bring_back, old)
 
 
+async def test_a_master_that_was_replaced_without_knowing_it_is_left_at_its_first_refusal(program, topic):
+    with SentinelTrio(program) as trio:
+        old = trio.master
+        # Nobody can tell it: the Sentinels' order to follow the new master is refused.
+        old.ask("ACL", "SETUSER", "default", "-slaveof", "-replicaof")
+        old.ask("CONFIG", "SET", "min-replicas-to-write", "1")
+        async with FrontEnd(settings_of(trio, scheduler_topic=topic)) as frontend:
+            streams = [await frontend.submit(request_of("before"))]
+            with old.stalled():
+                new = await asyncio.to_thread(trio.wait_for_new_master, old)
+            async with ToyInstance(frontend.settings, Role.MIXED, "m0") as instance:
+                streams.append(await frontend.submit(request_of("after")))
+                assert [await tokens_of(s) for s in streams] == [toy_answer(s.request) for s in streams]
+                assert new.ask("EXISTS", Keys(topic).instance(instance.session.instance_id))
+            assert "role:master" in old.ask("INFO", "replication"), "it still takes itself for the master"
+
+
 async def test_a_service_that_no_sentinel_watches_is_said_with_those_that_they_do(trio):
     settings = settings_of(trio, scheduler_sentinel_service="other")
     with pytest.raises(StoreUnavailable, match=r"'other' .*does not watch it.*what they watch: splitwise"):
