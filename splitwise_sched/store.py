@@ -325,11 +325,13 @@ class Store(Connection):
         out = self.keys.out(frontend_id)
         self.tell("XADD", out, "NOMKSTREAM", "MAXLEN", "~", OUT_MAXLEN, "*", *values, on_reply=on_reply)
 
-    async def cancel_orphans(self, frontend_id: str, limit: int, retain_ms: int, look_on: str = "0") -> tuple[int, str]:
-        """See orphans.lua: how many requests were cancelled, and where to look on, "0" when all is done."""
+    async def cancel_orphans(
+        self, frontend_id: str, limit: int, retain_ms: int, look_on: str = "0", num_before: int = 0
+    ) -> tuple[int, str]:
+        """See orphans.lua: how many requests were cancelled, and where to look on, "0" when all are looked at."""
         k = self.keys
         keys = (k.frontend(frontend_id), k.frontends, k.out(frontend_id), k.deadlines, k.counters)
-        num_cancelled, look_on = await self.script("orphans", keys, frontend_id, limit, look_on, retain_ms)
+        num_cancelled, look_on = await self.script("orphans", keys, frontend_id, limit, look_on, retain_ms, num_before)
         return int(num_cancelled), look_on
 
     async def audit(self, which: int, limit: int) -> Repaired | None:

@@ -72,10 +72,18 @@ class Sweeper:
         return moved
 
     async def _cancel_orphans(self, frontend_id: str) -> int:
-        cancelled, look_on = await self._store.cancel_orphans(frontend_id, BATCH, self._retain_ms)
-        while look_on != "0":
-            more, look_on = await self._store.cancel_orphans(frontend_id, BATCH, self._retain_ms, look_on)
-            cancelled += more
-        if cancelled:
-            logger.warning("front end %s is gone, and its %d requests are cancelled", frontend_id, cancelled)
-        return cancelled
+        """Look through all requests until a look finds none of its own."""
+        total = 0
+        while True:
+            cancelled, look_on = await self._store.cancel_orphans(frontend_id, BATCH, self._retain_ms)
+            while look_on != "0":
+                more, look_on = await self._store.cancel_orphans(
+                    frontend_id, BATCH, self._retain_ms, look_on, cancelled
+                )
+                cancelled += more
+            total += cancelled
+            if not cancelled:
+                break
+        if total:
+            logger.warning("front end %s is gone, and its %d requests are cancelled", frontend_id, total)
+        return total

@@ -285,7 +285,8 @@ class Topic:
             r.is_orphaned = True
         if theirs:
             self.counters["orphaned"] += len(theirs)
-        self.frontends.discard(frontend)
+        else:
+            self.frontends.discard(frontend)
         return len(theirs)
 
     def submit(self, request_id: str, given: Given, body: bytes) -> tuple[str, Any]:

@@ -82,8 +82,8 @@ FAULTS: dict[str, tuple[str, str, str, list[tuple[Any, ...]]]] = {
         [*LOST_AND_BOUND_AGAIN, ("recall_of", "r0", 1)],
     ),
     "front end that closed is not swept": (
-        "orphans", "if page[1] == '0' then redis.call('ZREM', KEYS[2], me) end\n", "",
-        [*PREFILLED, ("frontend_dies", "f0"), ("cancel_orphans", "f0")],
+        "orphans", "if is_clean then redis.call('ZREM', KEYS[2], me) end\n",
+        "", [*PREFILLED, ("frontend_dies", "f0"), ("cancel_orphans", "f0"), ("cancel_orphans", "f0")],
     ),
 }  # fmt: skip
 FOUND_AT_RANDOM = ("step leaves the queue's entry", "let_go keeps the reservation", "finish does not look at the epoch")

@@ -121,6 +121,19 @@ async def test_sweeper_that_dies_in_the_middle_leaves_the_rest_to_the_next_ones(
     assert await store.lapsed() == ([], []) and (await store.request_record("other"))["state"] == "queued"
 
 
+async def test_dead_front_end_is_forgotten_after_a_whole_look_that_found_nothing(store):
+    """A server that takes over in the middle of a look has an order of its own, so that its end may miss some."""
+    ids = await spread(store, 20)
+    await store.close_out("f0")
+    assert await store.cancel_orphans("f0", 10_000, HOUR_MS, "0", 1) == (len(ids), "0")
+    assert await store.cancel_orphans("f0", 10_000, HOUR_MS, "0", 1) == (0, "0")
+    assert (await store.lapsed()).frontends == ["f0"]
+    await submit(store, "missed", "f0")
+    sweeper = sweeper_of(store)
+    assert [await sweeper.sweep() for _ in range(2)] == [0, 1]
+    assert await store.lapsed() == ([], [])
+
+
 async def test_front_end_that_has_its_lease_again_keeps_the_rest_of_its_requests(store):
     ids = await spread(store, 100)
     await store.close_out("f0")
