@@ -7,6 +7,9 @@ import asyncio
 import pytest
 
 from splitwise_sched import connection
+from splitwise_sched.keys import Keys
+from tests.chaos.kills import Kills, Victim
+from tests.chaos.ledger import Ledger
 from tests.chaos.mutations import MUTATIONS, plant
 from tests.chaos.plan import PLANS, draw_plan
 from tests.chaos.rigs import RigMissing, program_of
@@ -66,6 +69,19 @@ def test_right_answer_is_found_right_and_every_other_wrong():
     assert "instead of" in str(fault_in(ask, right[:-1], complete=True))
     assert "position 3" in str(fault_in(ask, right[:3] + right[2:-1], complete=True))
     assert "asked for" in str(fault_in(ask, [*right, 1], complete=False))
+
+
+def test_time_after_a_kill_is_told_apart_when_the_server_failed_before_its_end():
+    ledger, kills = Ledger(30.0, 6.0), Kills(None, Keys("t"))
+    for number, (killed_at, again_at) in enumerate([(10.0, 11.0), (19.0, 20.5), (21.5, 24.0), (30.0, 31.0)]):
+        ledger.submitting(("frontend0", 0), f"r{number}")
+        ledger.entries[f"r{number}"].outcome = "complete"
+        ledger.entries[f"r{number}"].gaps = [(killed_at, again_at)]
+        ledger.assigned(f"r{number}", 2, again_at)
+        kills.victims.append(Victim(f"r{number}", 1, "decode", killed_at))
+    kills.outages.append((20.0, 22.0))
+    told = [(1.0, False), (1.5, True), (2.5, True), (1.0, False)]
+    assert kills.relocations(ledger) == kills.gaps(ledger) == told
 
 
 def test_re_run_goes_on_from_the_emitted_tokens_whatever_their_epochs():
