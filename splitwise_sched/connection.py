@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 from splitwise_sched.coalesce import Coalescer, Command
@@ -23,26 +22,13 @@ from splitwise_sched.link import Link
 from splitwise_sched.outage import Outage
 from splitwise_sched.records import Claim
 from splitwise_sched.resp import ReplyError, pack
+from splitwise_sched.scripts import script_texts
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.suitability import SECTIONS, advice, check_server, info_fields
 
 logger = logging.getLogger(__name__)
 
-PRELUDE = ("common", "preferred", "waiting_room", "rate")
-# Each function that a script begins with costs it a tenth of a microsecond; these run most, and use the least.
-PRELUDE_OF = {"step": ("common",), "finish": ("common",), "renew_frontend": ("common",), "lapsed": ("common",)}
-SCRIPTS = (
-    "submit", "resubmit", "bind", "step", "finish", "give_back", "cancel", "expire", "register", "renew", "drain",
-    "reap", "renew_frontend", "lapsed", "orphans", "audit",
-)  # fmt: skip
-
 _DENIED = ("NOAUTH", "NOPERM", "WRONGPASS")
-
-
-def _script_texts() -> dict[str, str]:
-    folder = resources.files("splitwise_sched") / "lua"
-    texts = {path: (folder / f"{path}.lua").read_text(encoding="utf-8") for path in (*PRELUDE, *SCRIPTS)}
-    return {name: "".join(texts[part] for part in (*PRELUDE_OF.get(name, PRELUDE), name)) for name in SCRIPTS}
 
 
 class Connection:
@@ -69,7 +55,7 @@ class Connection:
         # In a slot that is on its way to another node, a script would fail at the first key that has left; whoever
         # declares one that never exists is refused before it has done anything.
         self._guard = (f"{self.keys.prefix}none",) if settings.scheduler_cluster_nodes else ()
-        self._texts = _script_texts()
+        self._texts = script_texts()
         self._lane = Lane(Link(self._servers), self._texts, settings.redis_timeout_s)
         self._coalescer = Coalescer(self._lane.send)
         # WAIT holds its connection up: what need not wait has another.

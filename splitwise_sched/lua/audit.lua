@@ -18,7 +18,7 @@ for _, entry in ipairs(entries) do
     if entry[2][i] == 'id' then id = entry[2][i + 1] end
     if entry[2][i] == 'epoch' then epoch = entry[2][i + 1] end
   end
-  local r = id and load(id, {'state', 'epoch', 'decode', 'inbox_entry', 'prefill', 'kv_reserved'})
+  local r = id and load_some(id, {'state', 'epoch', 'decode', 'inbox_entry', 'prefill', 'kv_reserved'})
   if r and r.epoch == epoch and r.inbox_entry == entry[1] and is_with(me, r) then
     tokens, requests = tokens + number(r.kv_reserved), requests + 1
   else

@@ -40,14 +40,19 @@ local function mend(r)
   return r
 end
 
--- the request's record as a table, or nil; `fields` when not all are of use: "state" first. Read as a whole, it has in
--- `broken` a field that is not what it must be.
-local function load(id, fields)
-  local values = redis.call('HMGET', P .. 'request:' .. id, unpack(fields or FIELDS))
+-- those fields of a request's record, "state" first, as a table, or nil
+local function load_some(id, fields)
+  local values = redis.call('HMGET', P .. 'request:' .. id, unpack(fields))
   if not values[1] then return nil end
-  local r, names = {}, fields or FIELDS
-  for i = 1, #names do r[names[i]] = values[i] or nil end
-  if fields then return r end
+  local r = {}
+  for i = 1, #fields do r[fields[i]] = values[i] or nil end
+  return r
+end
+
+-- the record, or nil; it has in `broken` a field that is not what it must be
+local function load(id)
+  local r = load_some(id, FIELDS)
+  if not r then return nil end
   local epoch, attempts, input = tonumber(r.epoch) or NAN, tonumber(r.attempts) or NAN, tonumber(r.input_tokens) or NAN
   local kv, deadline, weight = tonumber(r.kv_tokens) or NAN, tonumber(r.deadline_ms) or NAN, tonumber(r.weight) or NAN
   if math.min(epoch, attempts, input, kv, deadline, weight) >= 0
@@ -104,11 +109,11 @@ local function drop_from(instance, id, epoch, why)
              'drop', id, 'epoch', epoch, 'why', why)
 end
 
--- into the common queue, or into the one of an instance ("preferred:<id>")
-local function enqueue(id, epoch, r, queue)
+-- into the common queue, or into the one of an instance ("preferred:<id>"); `also`: more to write into the record
+local function enqueue(id, epoch, r, queue, also)
   queue = queue or 'queue'
   local entry = redis.call('XADD', P .. queue, '*', 'id', id, 'epoch', epoch, 'tokens', r.input_tokens, 'model', r.model)
-  redis.call('HSET', P .. 'request:' .. id, 'queue_entry', entry, 'queue', queue)
+  redis.call('HSET', P .. 'request:' .. id, 'queue_entry', entry, 'queue', queue, unpack(also or {}))
 end
 
 local function remove_entry(r)
@@ -118,15 +123,10 @@ local function remove_entry(r)
   redis.pcall('XDEL', queue, r.queue_entry)
 end
 
--- take a request out of the hands of everybody: queue entry, inbox entry, KV reservation; legs other than `from` are told
-local function let_go(id, r, from, why)
-  if r.queue_entry then
-    remove_entry(r)
-  elseif r.state == 'queued' then
-    leave_room(id, r)
-  end
-  if r.state == 'queued' then forget_preference(id, r) end
-  if r.state == 'queued' then owe(r.class, nil, -tonumber(r.input_tokens)) end
+-- take a request that is bound out of the hands of both: queue entry, inbox entry, KV reservation; legs other than `from`
+-- are told
+local function unbind(id, r, from, why)
+  if r.queue_entry then remove_entry(r) end
   if r.inbox_entry and r.decode then
     redis.pcall('XDEL', P .. 'inbox:' .. r.decode, r.inbox_entry)
     reserve(r.decode, -number(r.kv_reserved), -1)
@@ -136,6 +136,16 @@ local function let_go(id, r, from, why)
     drop_from(r.prefill, id, r.epoch, why)
   end
   redis.call('HDEL', P .. 'request:' .. id, 'queue_entry', 'queue', 'inbox_entry', 'kv_reserved')
+end
+
+-- the same, and out of the queues if it waits there
+local function let_go(id, r, from, why)
+  if r.state == 'queued' then
+    if not r.queue_entry then leave_room(id, r) end
+    forget_preference(id, r)
+    owe(r.class, nil, -tonumber(r.input_tokens))
+  end
+  unbind(id, r, from, why)
 end
 
 -- a front end that is gone has no stream and is not given a new one
@@ -176,10 +186,11 @@ local function lose(id, r, from, why)
   count('lost')
 end
 
--- the request ends for good in `state`; its record stays for retain_ms; how many have ended so
-local function close(id, state, why, retain_ms)
+-- the request ends for good in `state`; its record stays for retain_ms, with those fields and values in it; how many
+-- have ended so
+local function close(id, state, why, retain_ms, ...)
   local key = P .. 'request:' .. id
-  redis.call('HSET', key, 'state', state, 'reason', why, 'finished_ms', now_ms())
+  redis.call('HSET', key, 'state', state, 'reason', why, 'finished_ms', now_ms(), ...)
   redis.call('ZREM', P .. 'deadlines', id)
   redis.call('UNLINK', P .. 'body:' .. id)
   redis.call('PEXPIRE', key, retain_ms)

@@ -9,14 +9,13 @@
 local ONE_IN, UP, DOWN, LASTS_S = 8, 0.3, 0.003, 600
 
 -- What else a record holds is of use only while its request is queued.
-local id, r = ARGV[2], load(ARGV[2], {'state', 'epoch', 'frontend', 'queue', 'queue_entry', 'prefill', 'decode',
-                                      'inbox_entry', 'kv_reserved', 'class', 'claimed_ms'})
+local id, r = ARGV[2], load_some(ARGV[2], {'state', 'epoch', 'frontend', 'queue', 'queue_entry', 'prefill', 'decode',
+                                           'inbox_entry', 'kv_reserved', 'class', 'claimed_ms'})
 if not r or r.epoch ~= ARGV[3] then return 0 end
 if r.state == 'done' then return 1 end
 if not is_with(ARGV[4], r) then return 0 end
-let_go(id, r, ARGV[4], 'it is finished')
-if #ARGV > 7 then redis.call('HSET', KEYS[1], unpack(ARGV, 8)) end
-local num_done = close(id, 'done', ARGV[7], tonumber(ARGV[6]))
+unbind(id, r, ARGV[4], 'it is finished')
+local num_done = close(id, 'done', ARGV[7], tonumber(ARGV[6]), unpack(ARGV, 8))
 if num_done % ONE_IN == 1 and r.class and number(r.claimed_ms) > 0 then
   local key, took = P .. 'service-ms', now_ms() - r.claimed_ms
   local known = tonumber(redis.call('HGET', key, r.class) or took)

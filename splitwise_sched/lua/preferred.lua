@@ -19,10 +19,10 @@ forget_preference = function(id, r)
   if r.prefer then redis.call('ZREM', P .. 'preferred', id) end
 end
 
--- into its preferred queue if it may wait there, else into the common one
-local function place(id, r)
+-- into its preferred queue if it may wait there, else into the common one; `also`: more to write into the record
+local function place(id, r, also)
   local queue = r.prefer and preferred_queue(r)
-  enqueue(id, r.epoch, r, queue)
+  enqueue(id, r.epoch, r, queue, also)
   if queue then
     local wait_ms = redis.call('HGET', P .. 'request:' .. id, 'prefer_ms')
     redis.call('ZADD', P .. 'preferred', now_ms() + number(wait_ms), id)

@@ -32,14 +32,16 @@ if ends_ms and ends_ms > timeout then
 end
 redis.call('RENAME', KEYS[5], KEYS[6])
 local now = now_ms()
-redis.call('HSET', KEYS[1], 'state', 'queued', 'epoch', 1, 'attempts', 0, 'frontend', ARGV[3], 'nonce', ARGV[4],
-           'model', ARGV[10], 'input_tokens', ARGV[8], 'kv_tokens', ARGV[9], 'class', ARGV[11], 'weight', ARGV[12],
-           'tenant', ARGV[13], 'created_ms', now, 'deadline_ms', now + timeout)
-if ARGV[14] ~= '' then redis.call('HSET', KEYS[1], 'prefer', ARGV[14], 'prefer_ms', ARGV[15]) end
-redis.call('PEXPIRE', KEYS[1], timeout + retain)
-redis.call('ZADD', KEYS[3], now + timeout, id)
+local deadline = now + timeout
+local record = {'state', 'queued', 'epoch', 1, 'attempts', 0, 'frontend', ARGV[3], 'nonce', ARGV[4], 'model', ARGV[10],
+                'input_tokens', ARGV[8], 'kv_tokens', ARGV[9], 'class', ARGV[11], 'weight', ARGV[12],
+                'tenant', ARGV[13], 'created_ms', now, 'deadline_ms', deadline}
+local prefer = ARGV[14] ~= '' and ARGV[14] or nil
+if prefer then redis.call('HSET', KEYS[1], 'prefer', prefer, 'prefer_ms', ARGV[15]) end
 admit(id, {epoch = 1, input_tokens = ARGV[8], model = ARGV[10], class = ARGV[11], tenant = ARGV[13],
-           deadline_ms = now + timeout, prefer = ARGV[14] ~= '' and ARGV[14] or nil}, length)
+           deadline_ms = deadline, prefer = prefer}, length, record)
+redis.call('PEXPIRE', KEYS[1], timeout + retain)
+redis.call('ZADD', KEYS[3], deadline, id)
 owe(ARGV[11], ARGV[12], tonumber(ARGV[8]))
 count('submitted')
 return {'QUEUED', 1}

@@ -110,11 +110,13 @@ feed_queue = function()
   if room_is_empty() then keep_shares(for_a_while) end
 end
 
--- a new request goes into the stream, which has `length` entries, when nobody waits and it is short; else into the room
-local function admit(id, r, length)
+-- a new request, whose record is still to be written, goes into the stream, which has `length` entries, when nobody
+-- waits and it is short; else into the room
+local function admit(id, r, length, record)
   if room_is_empty() and (length < SHORT_QUEUE or unclaimed(length) < SHORT_QUEUE) then
-    place(id, r)
+    place(id, r, record)
   else
+    redis.call('HSET', P .. 'request:' .. id, unpack(record))
     enter_room(id, r)
     feed_queue()
   end

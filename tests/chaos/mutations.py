@@ -20,18 +20,20 @@ from tests.chaos.plan import Event
 
 
 def _in_script(script: str, right: str, wrong: str) -> Callable[[], None]:
-    """``script``: "common" for what stands in front of all of them."""
+    """``script``: "common" for what is shared, in all that use it."""
 
     def plant_it() -> None:
-        real_texts = connection._script_texts
+        real_texts = connection.script_texts
 
         def faulty() -> dict[str, str]:
             texts = real_texts()
-            chosen = list(texts) if script == "common" else [script]
-            assert all(texts[name].count(right) == 1 for name in chosen), f"{script} no longer has {right!r} once"
+            chosen = [name for name, text in texts.items() if right in text] if script == "common" else [script]
+            assert chosen and all(texts[name].count(right) == 1 for name in chosen), (
+                f"{script} no longer has {right!r} once"
+            )
             return {**texts, **{name: texts[name].replace(right, wrong) for name in chosen}}
 
-        connection._script_texts = faulty
+        connection.script_texts = faulty
 
     return plant_it
 

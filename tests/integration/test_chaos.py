@@ -95,6 +95,6 @@ def test_re_run_goes_on_from_the_emitted_tokens_whatever_their_epochs():
 
 @pytest.mark.parametrize("name", [name for name, mutation in MUTATIONS.items() if mutation.in_script])
 def test_bugs_to_plant_in_scripts_still_find_their_place(name, monkeypatch):
-    monkeypatch.setattr(connection, "_script_texts", connection._script_texts)
+    monkeypatch.setattr(connection, "script_texts", connection.script_texts)
     plant(name)
-    connection._script_texts()
+    connection.script_texts()

@@ -93,10 +93,10 @@ async def next_millisecond(store: Store) -> None:
 async def test_claim_that_waits_for_room_is_not_overtaken_by_what_came_later_to_another(
     redis_server, topic, monkeypatch
 ):
-    texts = connection._script_texts()
+    texts = connection.script_texts()
     impatient = texts["bind"].replace("SLACK_MS, SAID_MS = 100, 50", "SLACK_MS, SAID_MS = 0, 60000")
     assert impatient != texts["bind"]
-    monkeypatch.setattr(connection, "_script_texts", lambda: {**texts, "bind": impatient})
+    monkeypatch.setattr(connection, "script_texts", lambda: {**texts, "bind": impatient})
     async with open_store(redis_server, topic) as store:
         await register(store, "p", "prefill", 1024, 8)
         await register(store, "q", "prefill", 1024, 8)

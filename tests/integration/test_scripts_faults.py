@@ -109,10 +109,11 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Every Store that is made from here on runs its scripts with the fault."""
     script, right, wrong, _ = FAULTS[fault]
     texts = patient_texts()
-    chosen = texts if script == "common" else {script: texts[script]}
-    assert all(text.count(right) == 1 for text in chosen.values()), f"{script} no longer has {right!r} once"
+    shared = {name: text for name, text in texts.items() if right in text}
+    chosen = shared if script == "common" else {script: texts[script]}
+    assert chosen and all(text.count(right) == 1 for text in chosen.values()), f"{script} no longer has {right!r} once"
     faulty = {**texts, **{name: text.replace(right, wrong) for name, text in chosen.items()}}
-    monkeypatch.setattr(connection, "_script_texts", lambda: faulty)
+    monkeypatch.setattr(connection, "script_texts", lambda: faulty)
 
 
 def play_once(server: Any, operations: list[tuple[Any, ...]]) -> None:
@@ -124,7 +125,7 @@ def play_once(server: Any, operations: list[tuple[Any, ...]]) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_sequence_is_all_right_without_the_fault(redis_server, monkeypatch, fault):
     texts = patient_texts()
-    monkeypatch.setattr(connection, "_script_texts", lambda: texts)
+    monkeypatch.setattr(connection, "script_texts", lambda: texts)
     play_once(redis_server, FAULTS[fault][-1])
 
 
@@ -148,6 +149,6 @@ def test_fault_in_the_waiting_room_is_found_by_random_sequences(redis_server, mo
     texts = with_short_queue(patient_texts())
     assert texts["submit"].count(right) == 1
     faulty = {name: text.replace(right, wrong) for name, text in texts.items()}
-    monkeypatch.setattr(connection, "_script_texts", lambda: faulty)
+    monkeypatch.setattr(connection, "script_texts", lambda: faulty)
     with pytest.raises(Parted):
         run_property(redis_server, 150, (Phase.generate,), short_queue=2)

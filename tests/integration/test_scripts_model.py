@@ -130,7 +130,7 @@ def run_property(server: Any, num_examples: int, phases: Sequence[Phase], short_
         holds()
 
 
-_real_texts = connection._script_texts
+_real_texts = connection.script_texts
 
 
 def patient_texts() -> dict[str, str]:
@@ -153,5 +153,5 @@ def with_short_queue(texts: dict[str, str]) -> dict[str, str]:
 
 def test_every_sequence_of_operations_does_what_the_model_says(redis_server, monkeypatch):
     texts = with_short_queue(patient_texts())
-    monkeypatch.setattr(connection, "_script_texts", lambda: texts)
+    monkeypatch.setattr(connection, "script_texts", lambda: texts)
     run_property(redis_server, NUM_EXAMPLES, (Phase.generate, Phase.shrink), short_queue=2)
