@@ -56,7 +56,7 @@ INBOX_FIELDS = {"id", "epoch", "prefill", "frontend"}
 BIND_RETRY_S = 0.01
 PAUSE_AFTER_FAILURE_S = 0.2
 # So many that a Redis which stands still for three quarters of a lease costs nobody its place.
-RENEWALS_A_LEASE = 5
+RENEWALS_A_LEASE = 4.5
 REREGISTER_PAUSE_S = 1.0
 
 

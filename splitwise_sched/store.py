@@ -47,10 +47,11 @@ NO_PREFERENCE = Preference()
 
 
 class Lapsed(NamedTuple):
-    """Ids of those whose lease has lapsed and that were not yet swept."""
+    """Ids of those whose lease has lapsed and that were not yet swept; whether ``expire`` has something to do."""
 
     instances: list[str]
     frontends: list[str]
+    is_due: bool
 
 
 class Repaired(NamedTuple):
@@ -231,8 +232,9 @@ class Store(Connection):
     async def lapsed(self, max_frontends: int = 100) -> Lapsed:
         """See lapsed.lua."""
         k = self.keys
-        instances, frontends = await self.script("lapsed", (k.instances, k.queue, k.frontends), max_frontends)
-        return Lapsed(sorted(instances), frontends)
+        keys = (k.instances, k.queue, k.frontends, k.deadlines)
+        instances, frontends, is_due = await self.script("lapsed", keys, max_frontends)
+        return Lapsed(sorted(instances), frontends, bool(is_due))
 
     async def lacks_lease(self, instance_id: str) -> bool:
         return not await self.call("EXISTS", self.keys.instance(instance_id))

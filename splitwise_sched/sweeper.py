@@ -41,24 +41,25 @@ class Sweeper:
         """One round; returns how many requests were taken back or ended.
 
         A front end is swept when two rounds in a row found it without a lease: after a Redis that was away for longer
-        than that, all are, until each has come round. When nobody is dead, a round costs three scripts.
+        than that, all are, until each has come round. When nothing is to be done, a round costs two scripts.
         """
         lapsed = await self._store.lapsed()
-        moved = 0
+        moved, ended = 0, BATCH if lapsed.is_due else 0
         for instance_id in lapsed.instances:
             moved += await self._reap(instance_id)
         for frontend_id in lapsed.frontends:
             if frontend_id in self._overdue:
                 moved += await self._cancel_orphans(frontend_id)
         self._overdue = set(lapsed.frontends)
-        while (ended := await self._store.expire(BATCH, self._retain_ms)) == BATCH:
+        while ended == BATCH:
+            ended = await self._store.expire(BATCH, self._retain_ms)
             moved += ended
         if (repaired := await self._store.audit(random.randrange(1 << 30), MAX_AUDITED)) is not None:
             logger.warning(
                 "%s had %d KV tokens of %d requests reserved for nobody, and %d inbox entries of nobody; put right",
                 *repaired,
             )
-        return moved + ended
+        return moved
 
     async def _reap(self, instance_id: str) -> int:
         moved, finished = 0, False

@@ -1,7 +1,8 @@
--- lapsed: whose lease has lapsed, and was not yet swept.
---   KEYS     instances, queue, frontends
+-- lapsed: what there is to sweep: whose lease has lapsed, and whether somebody's time is over.
+--   KEYS     instances, queue, frontends, deadlines
 --   ARGV[2]  front ends at most
---   returns  {instances, of those registered and of the queue's consumers (zombies that woke); front ends}
+--   returns  {instances, of those registered and of the queue's consumers (zombies that woke); front ends;
+--            1 when expire.lua has something to do}
 
 local dead, seen = {}, {}
 local function look_at(instance)
@@ -20,4 +21,12 @@ if not consumers.err then
     end
   end
 end
-return {dead, redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now_ms(), 'LIMIT', 0, tonumber(ARGV[2]))}
+local now = now_ms()
+
+local function is_due(key)
+  local first = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
+  return first[2] ~= nil and tonumber(first[2]) <= now
+end
+
+return {dead, redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now, 'LIMIT', 0, tonumber(ARGV[2])),
+        (is_due(KEYS[4]) or is_due(P .. 'preferred')) and 1 or 0}

@@ -61,7 +61,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 async def _nobody(self: Store) -> Lapsed:
-    return Lapsed([], [])
+    return Lapsed([], [], False)
 
 
 async def _no_orphan(*args: Any) -> tuple[int, str]:
