@@ -20,37 +20,29 @@ from splitwise_sched.codec import encode_request
 from splitwise_sched.errors import (
     DeadlineUnreachable,
     DuplicateRequest,
-    InvalidRequest,
     QueueFull,
     RequestFailed,
     SplitwiseError,
     StoreUnavailable,
-    UnknownModel,
 )
 from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.outputs import Lost, decode_outputs
 from splitwise_sched.records import InstanceRecord
+from splitwise_sched.recovery import Recovery
 from splitwise_sched.replication import ReplicationWatch
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.shards import INSTANCES_CACHE_S, Shard, Shards
-from splitwise_sched.store import NO_PREFERENCE, ORPHANED, Flow, Preference, Store
+from splitwise_sched.store import NO_PREFERENCE, Preference, Store
 from splitwise_sched.sweeper import Sweeper
 from splitwise_sched.tasks import Chores, end, keep_going
+from splitwise_sched.terms import Terms
 from splitwise_sched.types import FinishReason, Output, Request, check_id
 
 logger = logging.getLogger(__name__)
 
 BLOCK_MS = 1000
 READ_COUNT = 512
-VERIFY_PERIOD_S = 3.0
-VERIFY_AFTER_S = 1.0
-VERIFY_BATCH = 500
-LATE_PERIOD_S = 0.5
-LATE_AFTER_S = 1.0  # Redis says it at the deadline, with what it knows about the request
-DOUBTS = 2
 SPILL_BATCH = 100
-# More than a request has runs: epochs in the shard that it leaves do not reach those in the one that it goes to.
-EPOCHS_PER_SHARD = 1000
 PAUSE_AFTER_FAILURE_S = 0.2
 
 
@@ -71,9 +63,12 @@ class FrontEnd:
         self._chores = Chores()
         self._lease_ms = int(settings.frontend_lease_s * 1000)
         self._retain_ms = int(settings.scheduler_ttl * 1000)
-        self._class_weights = settings.class_weights
+        self._terms = Terms(settings)
         self._ends: deque[float] = deque(maxlen=200)
         self._replication = ReplicationWatch(settings.durability_timeout_ms)
+        self._recovery = Recovery(
+            self.frontend_id, settings, self.shards, self._streams, chores=self._chores, renew=self._renew
+        )
 
     async def __aenter__(self) -> FrontEnd:
         await self.start()
@@ -94,14 +89,14 @@ class FrontEnd:
         except SplitwiseError:
             await self._close_stores()
             raise
-        loops = [keep_going(self._end_late), *(loop for shard in self.shards for loop in self._loops(shard))]
+        loops = [keep_going(self._recovery.end_late), *(loop for shard in self.shards for loop in self._loops(shard))]
         if len(self.shards) > 1:
             loops.append(keep_going(self.shards.keep_looking))
         self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     def _loops(self, shard: Shard) -> list[Coroutine[Any, Any, None]]:
         sweeper = Sweeper(shard.store, retain_ms=self._retain_ms, period_s=self.settings.instance_lease_s / 4)
-        of_shard = (self._read, self._keep_lease, self._verify, self._spill)
+        of_shard = (self._read, self._keep_lease, self._recovery.verify, self._spill)
         return [*(keep_going(loop, shard) for loop in of_shard), keep_going(sweeper.run)]
 
     async def close(self) -> None:
@@ -111,8 +106,8 @@ class FrontEnd:
             return
         with contextlib.suppress(SplitwiseError, asyncio.TimeoutError):
             await asyncio.wait_for(self._leave(), timeout=5)
-        recoveries = [s.recovery for s in self._streams.values() if s.recovery is not None]
-        await end(*tasks, *recoveries)
+        await end(*tasks)
+        await self._recovery.close()
         await self._chores.close()
         for stream in self._streams.values():
             stream.put(RequestFailed(stream.request_id, "cancelled", "its front end was shut down"))
@@ -166,7 +161,7 @@ class FrontEnd:
         if request.request_id in self._streams:
             raise DuplicateRequest(request.request_id, "in flight")
         timeout_s = request.timeout_s or self.settings.scheduler_ttl
-        flow, shard = self._flow(request), await self.shards.choose(request.model, request.prefer)
+        flow, shard = self._terms.flow(request), await self.shards.choose(request.model, request.prefer)
         preference = await self._preference(request, shard)
         body = encode_request(request)
         nonce = secrets.token_hex(8)
@@ -183,7 +178,7 @@ class FrontEnd:
                 timeout_ms=max(1, int(timeout_s * 1000)),
                 retain_ms=self._retain_ms,
                 input_tokens=request.num_input_tokens,
-                kv_tokens=self._kv_tokens(request),
+                kv_tokens=self._terms.kv_tokens(request),
                 model=request.model,
                 flow=flow,
                 preference=preference,
@@ -241,14 +236,6 @@ class FrontEnd:
                 return record
         return {}
 
-    def _flow(self, request: Request) -> Flow:
-        weights = self._class_weights
-        if request.priority not in weights:
-            raise InvalidRequest(
-                f"priority is {request.priority!r}: the classes here are {', '.join(weights)}", param="priority"
-            )
-        return Flow(request.priority, weights[request.priority], request.tenant or "-")
-
     async def _preference(self, request: Request, shard: Shard) -> Preference:
         """Ids of those that are preferred and live; names stand for whoever has them now."""
         if not request.prefer:
@@ -256,11 +243,6 @@ class FrontEnd:
         live = await shard.instances()
         ids = [r.instance_id for wanted in request.prefer for r in live if wanted in (r.name, r.instance_id)]
         return Preference(" ".join(ids), self.settings.preferred_wait_ms)
-
-    def _kv_tokens(self, request: Request) -> int:
-        """KV to reserve on decode: what comes in, and the part of the output that is promised room."""
-        remaining = request.sampling.max_tokens - len(request.emitted_token_ids)
-        return request.num_input_tokens + min(max(1, remaining), self.settings.num_reserved_decode_tokens)
 
     def _retry_after_s(self, depth: int) -> float:
         """When the queue will be shorter, going by how fast this front end's requests end."""
@@ -305,7 +287,7 @@ class FrontEnd:
         for output in decode_outputs(request_id, values):
             if isinstance(output, Lost):
                 if stream.assembly.raise_epoch(output.epoch):
-                    self._recover(stream, output.reason)
+                    self._recovery.recover(stream, output.reason)
                 continue
             for fresh in stream.assembly.feed(output):
                 stream.put(fresh)
@@ -321,169 +303,7 @@ class FrontEnd:
         if any(isinstance(output, Lost) for output in told):
             self._chores.do(shard.store.cancel(request_id, "its user has its end already", self._retain_ms))
 
-    # ---- recovery ------------------------------------------------------------------------------------------------
-
-    def _recover(self, stream: OutputStream, reason: str, *, done_too: bool = False, recall: bool = False) -> None:
-        if stream.recovery is None or stream.recovery.done():
-            stream.recovery = asyncio.create_task(self._put_back(stream, reason, done_too, recall))
-
-    async def _put_back(self, stream: OutputStream, reason: str, done_too: bool, recall: bool) -> None:
-        """Queue a lost request again, with what its user already has as part of its input."""
-        told_at = time.monotonic()
-        emitted = tuple(stream.assembly.token_ids)
-        request = replace(stream.request, emitted_token_ids=emitted)
-        left_s = stream.deadline - time.monotonic()
-        logger.info("putting %s back after %d output tokens: %s", request.request_id, len(emitted), reason)
-        if len(emitted) >= request.sampling.max_tokens:
-            # Only the word that it is finished was lost.
-            self._end(stream, FinishReason.LENGTH, None)
-            return
-        if left_s <= 0:
-            self._end(stream, FinishReason.EXPIRED, f"its time was over; before that: {reason}")
-            return
-        try:
-            shard = await self._shard_to_go_on_in(stream, told_at)
-            if len(self.shards) > 1 and shard.model not in (None, request.model):
-                self._end(stream, FinishReason.ERROR, str(UnknownModel(request.model, self.shards.served)))
-                return
-            await self._renew(shard)
-            if stream.assembly.ended:
-                return
-            verdict, *detail = await shard.store.resubmit(
-                request.request_id,
-                encode_request(request),
-                frontend_id=self.frontend_id,
-                nonce=stream.nonce,
-                epoch_seen=stream.assembly.epoch,
-                timeout_ms=max(1, int(left_s * 1000)),
-                retain_ms=self._retain_ms,
-                input_tokens=request.num_input_tokens,
-                kv_tokens=self._kv_tokens(request),
-                model=request.model,
-                attempts=stream.attempts,
-                done_too=done_too,
-                recall=recall,
-                flow=self._flow(request),
-            )
-        except StoreUnavailable as exc:
-            logger.warning("%s is put back when Redis answers again: %s", request.request_id, exc)
-            return
-        if verdict == "QUEUED":
-            stream.attempts += 1
-            stream.assembly.raise_epoch(int(detail[0]))
-            if stream.assembly.ended:
-                # Its user cancelled it meanwhile, when Redis did not know it.
-                with contextlib.suppress(StoreUnavailable):
-                    await shard.store.cancel(stream.request_id, "it was cancelled before", self._retain_ms)
-        elif verdict == "FAILED":
-            self._end(stream, FinishReason.ERROR, str(detail[0]))
-        elif verdict == "ENDED":
-            self._doubt(stream, *map(str, detail))
-
-    async def _shard_to_go_on_in(self, stream: OutputStream, told_at: float) -> Shard:
-        """Its own, or another when that has had nobody to serve it for some time, or has another model by now."""
-        shard = self.shards[stream.shard]
-        if len(self.shards) > 1:
-            # Whoever is there now may be why it was lost: what was known before that does not count.
-            await shard.look(time.monotonic() - told_at)
-        refuge = self.shards.refuge(shard, stream.request.model)
-        if refuge is None:
-            return shard
-        logger.warning(
-            "moving %s from shard %d, which does not serve it, to %d", stream.request_id, shard.index, refuge.index
-        )
-        # Whatever is still said of it in the old shard is stale from here.
-        stream.assembly.raise_epoch(stream.assembly.epoch + EPOCHS_PER_SHARD)
-        stream.shard = refuge.index
-        with contextlib.suppress(SplitwiseError):
-            await shard.store.cancel(stream.request_id, f"it goes on in shard {refuge.index}", self._retain_ms)
-        return refuge
-
-    def _end(self, stream: OutputStream, reason: FinishReason, detail: str | None) -> None:
-        """End a request from here; its record in Redis is closed if it is still open."""
-        if stream.assembly.ended:
-            return
-        stream.assembly.ended = True
-        self._streams.pop(stream.request_id, None)
-        index = len(stream.assembly.token_ids)
-        stream.put(Output(stream.request_id, stream.assembly.epoch, index, finish_reason=reason, detail=detail))
-        self._chores.do(self._store_of(stream).cancel(stream.request_id, detail or reason.value, self._retain_ms))
-
-    async def _end_late(self) -> None:
-        """Nobody waits for much longer than the deadline, be Redis there or not."""
-        while True:
-            await asyncio.sleep(LATE_PERIOD_S)
-            now = time.monotonic()
-            for stream in [s for s in self._streams.values() if now > s.deadline + LATE_AFTER_S]:
-                self._end(stream, FinishReason.EXPIRED, "it did not end before its deadline")
-
-    async def _verify(self, shard: Shard) -> None:
-        """Now and then, and after every broken connection: does Redis know each request that has not ended?"""
-        while True:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(shard.verify_now.wait(), VERIFY_PERIOD_S)
-            shard.verify_now.clear()
-            now = time.monotonic()
-            open_streams = [
-                stream
-                for stream in self._streams.values()
-                if stream.shard == shard.index and now - stream.submitted_at > VERIFY_AFTER_S
-            ]
-            try:
-                for i in range(0, len(open_streams), VERIFY_BATCH):
-                    await self._verify_some(shard, open_streams[i : i + VERIFY_BATCH])
-            except SplitwiseError as exc:
-                logger.warning("%s", exc)
-
-    async def _verify_some(self, shard: Shard, streams: list[OutputStream]) -> None:
-        try:
-            states = await shard.store.request_states([s.request_id for s in streams])
-        except SplitwiseError:
-            for stream in streams:
-                if self.shards.refuge(shard, stream.request.model) is not None:
-                    self._recover(stream, f"shard {shard.index} does not answer")
-            raise
-        for stream, known in zip(streams, states, strict=True):
-            if stream.assembly.ended or stream.shard != shard.index:
-                continue
-            if known is None:
-                self._recover(stream, "Redis did not know it any more")
-            elif known[0] == "lost":
-                stream.assembly.raise_epoch(known[1])
-                self._recover(stream, "an instance was lost")
-            elif known[0] == ORPHANED:
-                stream.assembly.raise_epoch(known[1])
-                self._recover(stream, "this front end had been taken for dead")
-            elif known[0] == "queued" and self.shards.refuge(shard, stream.request.model) is not None:
-                self._recover(stream, f"nobody serves shard {shard.index}")
-            elif known[0] not in ("queued", "prefill", "decode"):
-                self._doubt(stream, known[0], "")
-            else:
-                self._look_for_gap(stream)
-
-    def _look_for_gap(self, stream: OutputStream) -> None:
-        """Outputs were trimmed away before this front end read them, when the same ones are missing for a while."""
-        position = len(stream.assembly.token_ids)
-        is_old = stream.assembly.has_gap and stream.gap_at == position
-        stream.gap_at = position if stream.assembly.has_gap else None
-        if is_old:
-            self._recover(stream, f"its outputs from position {position} on never came", recall=True)
-
-    def _doubt(self, stream: OutputStream, state: str, reason: str) -> None:
-        """Redis says that it ended, but its last output has not come: it may be under way, or trimmed away."""
-        stream.doubts += 1
-        if stream.doubts == 1:
-            stream.doubted_at = time.monotonic()
-        is_behind = self.shards[stream.shard].caught_up_at <= stream.doubted_at
-        if stream.doubts < DOUBTS or is_behind or stream.assembly.ended:
-            return
-        if state == "done":
-            stream.doubts = 0
-            self._recover(stream, "its last outputs never came", done_too=True)
-        else:
-            stream.assembly.ended = True
-            self._streams.pop(stream.request_id, None)
-            stream.put(RequestFailed(stream.request_id, state, reason or "the word why was lost on its way"))
+    # ---- presence ------------------------------------------------------------------------------------------------
 
     async def _spill(self, shard: Shard) -> None:
         """A request that waits for an instance in particular has waited long enough."""

@@ -12,8 +12,8 @@ from typing import Any
 
 from splitwise_sched import connection
 from splitwise_sched.assembly import Assembly
-from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.instance import InstanceSession
+from splitwise_sched.recovery import Recovery
 from splitwise_sched.store import Lapsed, Store
 from splitwise_sched.types import Output
 from tests.chaos.plan import Event
@@ -68,7 +68,7 @@ async def _no_orphan(*args: Any) -> tuple[int, str]:
     return 0, "0"
 
 
-async def _never(self: FrontEnd) -> None:
+async def _never(self: Recovery, *args: Any) -> None:
     await asyncio.Event().wait()
 
 
@@ -105,10 +105,10 @@ MUTATIONS: dict[str, Mutation] = {
         _in_script("common", "    reserve(r.decode, -number(r.kv_reserved), -1)\n", ""), "leaked", in_script=True
     ),
     "an instance goes on without its lease": Mutation(_in_class(InstanceSession, "_lose", _nothing), "leaked", _ZOMBIE),
-    "the front end puts nothing back": Mutation(_in_class(FrontEnd, "_recover", _nothing), "lost", _KILL),
+    "the front end puts nothing back": Mutation(_in_class(Recovery, "recover", _nothing), "lost", _KILL),
     "nobody reaps dead instances": Mutation(_in_class(Store, "lapsed", _nobody), "lost", _KILL),
     "the front end never asks Redis about its requests": Mutation(
-        _in_class(FrontEnd, "_verify", _never), "lost", (Event(0.8, "flushall", 0.0, 0.0),)
+        _in_class(Recovery, "verify", _never), "lost", (Event(0.8, "flushall", 0.0, 0.0),)
     ),
     "nobody cancels what a dead front end wanted": Mutation(
         _in_class(Store, "cancel_orphans", _no_orphan), "leaked", (*_KILL, Event(0.9, "kill frontend", 0.0, 0.1))

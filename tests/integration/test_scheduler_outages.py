@@ -6,8 +6,7 @@ import asyncio
 
 import pytest
 
-from splitwise_sched import frontend as frontend_module
-from splitwise_sched import tasks
+from splitwise_sched import recovery, tasks
 from splitwise_sched.codec import encode_request
 from splitwise_sched.connection import BlockingReader
 from splitwise_sched.errors import RequestFailed, StoreUnavailable
@@ -124,8 +123,8 @@ async def _is(condition) -> bool:
 
 
 async def test_request_whose_last_outputs_are_yet_to_be_read_is_not_made_again(redis_server, topic, monkeypatch):
-    monkeypatch.setattr(frontend_module, "VERIFY_PERIOD_S", 0.05)
-    monkeypatch.setattr(frontend_module, "VERIFY_AFTER_S", 0.0)
+    monkeypatch.setattr(recovery, "VERIFY_PERIOD_S", 0.05)
+    monkeypatch.setattr(recovery, "VERIFY_AFTER_S", 0.0)
     settings = settings_for(redis_server, topic)
     async with FrontEnd(settings) as frontend, ToyInstance(settings, Role.MIXED, "m0") as instance:
         reads, may_read = BlockingReader.read, asyncio.Event()

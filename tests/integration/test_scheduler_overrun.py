@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from splitwise_sched import frontend as frontend_module
+from splitwise_sched import recovery
 from splitwise_sched.errors import RequestFailed
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.records import Dropped
@@ -17,8 +17,8 @@ from tests.integration.toy import ToyInstance, settings_for, toy_answer, until
 
 @pytest.fixture(autouse=True)
 def verify_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frontend_module, "VERIFY_PERIOD_S", 0.1)
-    monkeypatch.setattr(frontend_module, "VERIFY_AFTER_S", 0.1)
+    monkeypatch.setattr(recovery, "VERIFY_PERIOD_S", 0.1)
+    monkeypatch.setattr(recovery, "VERIFY_AFTER_S", 0.1)
 
 
 def lose_outputs(frontend: FrontEnd, is_lost: Callable[[int, str], bool]) -> None:
