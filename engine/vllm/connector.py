@@ -111,7 +111,7 @@ class SplitwiseConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return StepMetadata(scheduler.take_plan())
 
     def update_connector_output(self, connector_output: Any) -> None:
-        self.scheduler.received(connector_output.finished_recving or ())
+        self.scheduler.received(connector_output.finished_recving or (), connector_output.failed_recving)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         status = request.status.name

@@ -6,6 +6,8 @@ parameters that go to decode as they are, and those say ``do_remote_prefill``. B
     transfer_id         name of the transfer; prefill makes one up when it is not given
     remote_endpoints    how to reach the ranks of the prefill instance (kv_transfer.endpoints_to_text)
     remote_num_tokens   prompt tokens whose KV is there
+
+Decode answers with ``kv_load_failed`` when the KV did not come and it computed the prompt itself.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from splitwise_sched.errors import SplitwiseError
 
 TRANSFER_ID = re.compile(r"[A-Za-z0-9._:@-]{1,200}")
 MAX_TOKENS = 1 << 31
+LOAD_FAILED = {"kv_load_failed": True}
 
 
 class InvalidTransferParams(SplitwiseError):

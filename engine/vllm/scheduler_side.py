@@ -13,7 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.vllm.params import InvalidTransferParams, ReceiveParams, SendParams, decode_params, parse_params
+from engine.vllm.params import (
+    LOAD_FAILED,
+    InvalidTransferParams,
+    ReceiveParams,
+    SendParams,
+    decode_params,
+    parse_params,
+)
 from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.tickets import NOT_WANTED
 
@@ -90,6 +97,7 @@ class SchedulerSide:
         self._engine_id = engine_id
         self._sends: dict[str, _Send] = {}
         self._receiving: set[str] = set()
+        self._failed: set[str] = set()
         self._refused: set[str] = set()
         self._plan = StepPlan()
 
@@ -128,8 +136,9 @@ class SchedulerSide:
         receive = OpenReceive(request_id, params.transfer_id, params.source, tuple(ids), num_external > 0)
         self._plan.receives.append(receive)
 
-    def received(self, request_ids: Iterable[str]) -> None:
-        """The workers have reported the end of these receives."""
+    def received(self, request_ids: Iterable[str], failed: Iterable[str] = ()) -> None:
+        """The workers have reported the end of these receives; of some, that their KV did not come."""
+        self._failed.update(self._receiving.intersection(failed))
         self._receiving.difference_update(request_ids)
 
     # ---- a prefill request ---------------------------------------------------------------------------------------
@@ -165,14 +174,18 @@ class SchedulerSide:
         Args:
             is_complete: it ran to its end, and was not aborted.
         Returns:
-            Whether its blocks are still in use until the workers report it, and parameters for decode.
+            Whether its blocks are still in use until the workers report it, and parameters for decode, or what is to
+            be said of decode's load.
         """
-        if request_id in self._refused:
-            self._refused.discard(request_id)
+        self._refused.discard(request_id)
         if request_id in self._receiving:
             # vLLM keeps the blocks itself until the receive is reported.
+            self._receiving.discard(request_id)
             self._plan.abort.append(request_id)
             return False, None
+        if request_id in self._failed:
+            self._failed.discard(request_id)
+            return False, dict(LOAD_FAILED)
         send = self._sends.pop(request_id, None)
         if send is None or not send.is_opened:
             return False, None

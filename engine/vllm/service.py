@@ -22,7 +22,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from engine.vllm.params import decode_params
+from engine.vllm.params import LOAD_FAILED, decode_params
 from engine.vllm.sampling import output_of, sampling_of
 from kv_transfer.endpoint import endpoints_from_text, endpoints_to_text
 from kv_transfer.options import TransferOptions
@@ -68,6 +68,7 @@ class ServiceStats:
     num_prefilled: int = 0
     num_finished: int = 0
     num_output_tokens: int = 0
+    num_recomputed: int = 0
     num_dropped: int = 0
     num_leases_lost: int = 0
 
@@ -323,6 +324,9 @@ class VllmService:
                 notes = {"engine_ttft_ms": waited_ms, "cached_tokens": result.num_cached_tokens or 0}
                 self.session.step(request.request_id, epoch, notes)
             stats = {"decode_ms": round(1000 * (time.monotonic() - decoding_at), 3)}
+            if result.kv_transfer_params == LOAD_FAILED:
+                self.stats.num_recomputed += 1
+                stats["kv_load_failed"] = 1
             output = output_of(request, epoch, index, part, stats)
             index += len(part.token_ids)
             self.stats.num_output_tokens += len(part.token_ids)

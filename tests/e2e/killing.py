@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from engine.demo.fleet import Fleet
+import psutil
+
+from engine.demo.fleet import Fleet, Member
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.types import Request
@@ -26,38 +28,60 @@ async def first(condition: Callable[[], Awaitable[str | None]]) -> str:
     return await asyncio.wait_for(poll(), 60)
 
 
+def processes_of(member: Member) -> list[psutil.Process]:
+    """Its own and all below it."""
+    top = psutil.Process(member.process.pid)
+    return [top, *top.children(recursive=True)]
+
+
 async def kill_one_under_load(
     fleet: Fleet,
     requests: Sequence[Request],
     victim: str,
-    kill: Callable[[str], None],
     expected: Mapping[str, Sequence[int]],
+    was_hit: Callable[[Mapping[str, str]], bool] = lambda record: int(record["attempts"]) > 1,
 ) -> None:
     """
     Args:
-        victim: the role of the instance that is killed, prefill or decode, while a request is on it.
-        kill: ends the member of the fleet that has this name.
+        victim: the role of the instance that is killed, prefill or decode, while it has a request in hand. With all
+            its processes, as when its machine dies.
+        was_hit: whether a request's record tells that the kill cost it something.
     """
+    trees = {name: processes_of(member) for name, member in fleet.members.items()}
     async with FrontEnd(fleet.settings) as frontend:
         streams = [await frontend.submit(r) for r in requests]
         answers = [asyncio.create_task(tokens_of(s)) for s in streams]
 
-        async def held() -> str | None:
-            """The instance that a request is on at this moment, when it is of the victim's role."""
+        def is_in_hand(stream: OutputStream, record: Mapping[str, str]) -> bool:
+            num_tokens, half = len(stream.assembly.token_ids), stream.request.sampling.max_tokens // 2
+            under_way = 10 < num_tokens < half if victim == "decode" else num_tokens == 0
+            return under_way and record.get("state") == victim
+
+        async def caught() -> str | None:
+            """The name of an instance that stands still with a request in hand."""
             for stream in streams:
-                half = stream.request.sampling.max_tokens // 2
-                under_way = victim == "prefill" or 10 < len(stream.assembly.token_ids) < half
                 record = await frontend.request_record(stream.request_id)
-                if under_way and record.get("state") == victim:
-                    return record[victim]
+                if not is_in_hand(stream, record):
+                    continue
+                name = record[victim].rpartition("-")[0]
+                # What drives an engine stops last: it passes on what the engine had said until then.
+                for process in reversed(trees[name]):
+                    process.suspend()
+                if is_in_hand(stream, await frontend.request_record(stream.request_id)):
+                    return name
+                for process in trees[name]:
+                    process.resume()
             return None
 
-        name = (await first(held)).rpartition("-")[0]
-        kill(name)
+        name = await first(caught)
+        member = fleet.members.pop(name)
+        for process in trees[name]:
+            process.kill()
+        await asyncio.to_thread(member.process.wait)
         got = await asyncio.wait_for(asyncio.gather(*answers), 180)
         records = [await frontend.request_record(r.request_id) for r in requests]
     fleet.check()
     assert {r.request_id: a for r, a in zip(requests, got, strict=True)} == expected
-    rerun = [r for r in records if int(r["attempts"]) > 1]
-    assert rerun and all(name in r["history"] for r in rerun), [r.get("history") for r in rerun]
+    hit = [r for r in records if was_hit(r)]
+    assert hit and all(name in r.get("history", r["prefill"]) for r in hit), records
     assert {r["state"] for r in records} == {"done"}

@@ -76,8 +76,7 @@ async def test_killed_instance_costs_no_request_and_no_token(model, expected, vi
             for index in range(2):
                 fleet.start_instance(role, index, model, FLAGS)
         await fleet.wait_for_instances(4)
-        kill = lambda name: fleet.members.pop(name).process.kill()  # noqa: E731
-        await kill_one_under_load(fleet, REQUESTS, victim, kill, expected)
+        await kill_one_under_load(fleet, REQUESTS, victim, expected)
 
 
 class Serving:

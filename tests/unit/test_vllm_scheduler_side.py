@@ -108,6 +108,15 @@ def test_a_decode_that_is_aborted_while_its_kv_comes_ends_the_transfer(side):
     assert side.take_plan().abort == ["r"]
 
 
+def test_decode_says_at_the_end_whether_its_kv_did_not_come(side):
+    for request_id in ("came", "lost", "gone"):
+        side.allocated(request_id, for_decode(64), [4, 5], 64, num_prompt=64)
+    side.finished("gone", is_complete=False)
+    side.received(["came", "lost", "gone"], ["lost", "gone"])
+    ends = {request_id: side.finished(request_id, is_complete=True) for request_id in ("came", "lost", "gone")}
+    assert ends == {"came": (False, None), "lost": (False, {"kv_load_failed": True}), "gone": (False, None)}
+
+
 def test_a_request_without_parameters_is_none_of_the_connectors(side):
     assert side.num_external_tokens("r", None, 10, 0) == 0
     side.allocated("r", None, [1], 0, 10)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import psutil
 
 VLLM_ENV = {
     "HF_HUB_OFFLINE": "1",
@@ -75,7 +78,11 @@ class VllmEngine:
         self._ask("damage", transfer_id, layer, index)
 
     def kill(self) -> None:
-        self._process.kill()
+        """With vLLM's processes below it, which do not notice that it is gone."""
+        top = psutil.Process(self._process.pid)
+        for process in [*top.children(recursive=True), top]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self._process.join()
 
     def __enter__(self) -> VllmEngine:
@@ -84,9 +91,6 @@ class VllmEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process.is_alive():
-            self._pipe.send(None)
-            self._process.join(30)
         if self._process.is_alive():
             self.kill()
         self._pipe.close()
@@ -134,14 +138,13 @@ def _main(  # noqa: PLR0917
         max_num_batched_tokens=128, tensor_parallel_size=tp_size, **config,
     )  # fmt: skip
     pipe.send("ready")
-    while (message := pipe.recv()) is not None:
-        what, *arguments = message
+    while True:
+        what, *arguments = pipe.recv()
         try:
             answer = _generate(llm, *arguments) if what == "generate" else getattr(recorder, what)(*arguments)
         except Exception as exc:
             answer = exc
         pipe.send(answer)
-    os._exit(0)  # its threads and processes are of no use any more, and vLLM waits for some of them
 
 
 def _generate(llm: Any, prompts: list[list[int]], max_tokens: int, transfers: list[Any]) -> list[Answer]:

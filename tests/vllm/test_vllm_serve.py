@@ -57,7 +57,7 @@ def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[l
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]
             command = [sys.executable, die_with_parent.__file__, str(os.getpid()), sys.executable, "-m",
-                       "vllm.entrypoints.cli.main", "serve", str(model), "--port", str(port), *flags]  # fmt: skip
+                       "tests.vllm.vllm_cli", "serve", str(model), "--port", str(port), *flags]  # fmt: skip
             with (logs / name).open("wb") as log:
                 processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
             urls.append(f"http://127.0.0.1:{port}")
