@@ -19,6 +19,7 @@ from kv_transfer.addresses import Address, is_connected, listen, resolve, start_
 from kv_transfer.effects import PeerKey
 from kv_transfer.errors import TransportFailed
 from kv_transfer.identity import ProcessIdentity, open_pidfd
+from kv_transfer.listening import ListeningChannel
 from kv_transfer.protocol import MAX_MESSAGE_BYTES
 from kv_transfer.reactor import READ, WRITE, Channel, ConnectionLost, Reactor
 
@@ -189,33 +190,13 @@ class ControlChannel:
             self._num_strangers -= 1
 
 
-class _Listener(Channel):
+class _Listener(ListeningChannel):
     def __init__(self, sock: socket.socket, control: ControlChannel) -> None:
-        self._sock, self._control = sock, control
-        self._is_paused = False
+        super().__init__(sock)
+        self._control = control
 
-    def fileno(self) -> int:
-        return self._sock.fileno()
-
-    def interest(self) -> int:
-        return 0 if self._is_paused else READ
-
-    def ready(self, mask: int) -> None:
-        try:
-            sock, _ = self._sock.accept()
-        except BlockingIOError:
-            return
-        except OSError:
-            # The peer has hung up again, or this process is out of descriptors: trying at once would spin.
-            self._is_paused = True
-            return
+    def take_in(self, sock: socket.socket) -> None:
         self._control.accept(sock)
-
-    def tick(self, now: float) -> None:
-        self._is_paused = False
-
-    def close(self) -> None:
-        self._sock.close()
 
 
 class _Watch(Channel):

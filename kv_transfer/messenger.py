@@ -1,18 +1,17 @@
-"""One TP rank's messenger: what an engine's runner calls, and the thread that does the work."""
+"""One TP rank's messenger: what an engine's runner calls."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
-from kv_transfer.checker import Checked, Checker, CheckEvent, Signed
-from kv_transfer.control import ControlChannel, Incoming, Source
+from kv_transfer.checker import Checker
+from kv_transfer.control import ControlChannel
 from kv_transfer.counters import Counters
 from kv_transfer.destination import DestinationSide
 from kv_transfer.endpoint import Offer, RankEndpoint
@@ -28,19 +27,11 @@ from kv_transfer.protocol import MAX_AUX_BYTES, WIRE_VERSION
 from kv_transfer.reactor import Reactor
 from kv_transfer.source import SourceSide
 from kv_transfer.tickets import ReceiveTicket, SendTicket, TicketBook
-from kv_transfer.transports.base import LaneEvent, Revoked, Transport
+from kv_transfer.transports.base import Transport
 from kv_transfer.transports.registry import load_transports
+from kv_transfer.worker import Command, Worker
 
 log = logging.getLogger("kv_transfer")
-
-_TICK_S = 0.1
-# A transfer that is opened while nothing else was under way waits so long for its first look at the clock.
-_IDLE_WAIT_S = 0.25
-# A pause of our own of this length is not the peers' silence: they may have stood still as well, or been unheard.
-_OWN_STALL_S = 0.5
-_CLOSE_TIMEOUT_S = 15.0
-
-Command = Callable[[float], None]
 
 
 class Messenger:
@@ -77,22 +68,12 @@ class Messenger:
         self._leases = LeaseTable(pool.layout.num_blocks)
         self._tickets = TicketBook(options.max_inflight)
         self._events: deque[TransferEvent] = deque()
-        self._commands: deque[Command] = deque()
-        self._lane_events: deque[LaneEvent | CheckEvent] = deque()
-        self._checker = Checker(self._post)
         self._lock = threading.Lock()
-        # Whoever holds it does the messenger's work; nobody waits for it but the messenger's own thread.
-        self._turn_lock = threading.Lock()
-        self._worker = 0
-        self._is_busy = False
         self._has_news = False
-        self._last_tick = time.monotonic()
-        self._is_running = False
-        self._reactor: Reactor | None = None
+        self._worker = Worker(name, options, self._tell_news)
+        self._checker = Checker(self._worker.post)
         self._transports: list[Transport] = []
-        self._control: ControlChannel | None = None
         self._endpoint: RankEndpoint | None = None
-        self._thread: threading.Thread | None = None
 
     @property
     def endpoint(self) -> RankEndpoint:
@@ -107,15 +88,15 @@ class Messenger:
         Raises:
             TransportFailed: an address cannot be listened on, or a transport does not work on this host.
         """
-        if self._thread is not None:
+        if self._endpoint is not None:
             raise MessengerClosed(self.name)
-        options = self._options
+        options, worker = self._options, self._worker
         reactor = Reactor()
         try:
             control = ControlChannel(reactor, options.bind_host, options.control_port)
             offers: dict[str, Offer] = {}
             for cls in self._transport_classes:
-                transport = cls(self._pool, options, self._leases, self._post)
+                transport = cls(self._pool, options, self._leases, worker.post)
                 self._transports.append(transport)
                 transport.attach(reactor)
                 self._offer(transport, offers)
@@ -158,12 +139,7 @@ class Messenger:
             counters=self._counters,
             report=self._report,
         )
-        self._reactor, self._control = reactor, control
-        self._is_running = True
-        self._thread = threading.Thread(
-            target=self._run, args=(reactor, control), name=f"kv-messenger-{self.name}", daemon=True
-        )
-        self._thread.start()
+        worker.start(reactor, control, self._source, self._destination, self._let_go)
 
     def _offer(self, transport: Transport, offers: dict[str, Offer]) -> None:
         try:
@@ -179,12 +155,7 @@ class Messenger:
 
         Takes as long as live peers need to stop reading, ``drain_s`` at most, and about a second on top.
         """
-        with self._lock:
-            was_running, self._is_running = self._is_running, False
-        if was_running and self._reactor is not None:
-            self._reactor.wake()
-        if self._thread is not None:
-            self._thread.join(_CLOSE_TIMEOUT_S)
+        self._worker.stop()
 
     def open_send(self, transfer_id: str, *, num_blocks: int, deadline_s: float) -> None:
         """Announce that this rank will have blocks for a transfer; a destination may have reserved before.
@@ -206,7 +177,7 @@ class Messenger:
         """
         ids = self._tickets.send(transfer_id).take(first_index, block_ids, self._pool.layout.num_blocks)
         self._pool.before_send(ids)
-        self._submit(lambda now: self._source.offer(transfer_id, first_index, ids))
+        self._worker.submit(lambda now: self._source.offer(transfer_id, first_index, ids))
 
     def finish_send(self, transfer_id: str, aux: bytes) -> None:
         """All blocks were given.
@@ -219,7 +190,7 @@ class Messenger:
         if len(aux) > MAX_AUX_BYTES:
             raise InvalidTransfer(transfer_id, f"aux has {len(aux)} bytes; the limit is {MAX_AUX_BYTES}")
         self._tickets.send(transfer_id).finish()
-        self._submit(lambda now: self._source.finish(transfer_id, bytes(aux)))
+        self._worker.submit(lambda now: self._source.finish(transfer_id, bytes(aux)))
 
     def open_receive(
         self, transfer_id: str, source: Sequence[RankEndpoint], block_ids: Sequence[int], *, deadline_s: float
@@ -258,7 +229,7 @@ class Messenger:
         if not source:
             raise InvalidTransfer("", "no source was given")
         endpoints = tuple(source)
-        self._submit(lambda now: self._destination.connect(endpoints, now))
+        self._worker.submit(lambda now: self._destination.connect(endpoints, now))
 
     def abort(self, transfer_id: str, reason: str) -> None:
         """Give a transfer up, whichever side of it is here; TransferFailed follows. Does nothing when it has ended."""
@@ -267,7 +238,7 @@ class Messenger:
             self._source.abort(transfer_id, reason, "", now)
             self._destination.abort(transfer_id, reason, "")
 
-        self._submit(act)
+        self._worker.submit(act)
 
     def poll(self) -> list[TransferEvent]:
         """What has ended since the last call; never waits. Works after ``close`` as well."""
@@ -289,8 +260,8 @@ class Messenger:
 
     def lanes(self) -> list[LaneReport]:
         """The sources that this rank is connected to, and over what; waits for the work of a moment."""
-        with self._turn_lock:
-            return self._destination.lanes(time.monotonic()) if self._control is not None else []
+        with self._worker.turn() as is_alive:
+            return self._destination.lanes(time.monotonic()) if is_alive else []
 
     def __enter__(self) -> Messenger:
         self.start()
@@ -301,24 +272,12 @@ class Messenger:
     ) -> None:
         self.close()
 
-    def _submit(self, command: Command) -> None:
-        with self._lock:
-            if not self._is_running:
-                raise MessengerClosed(self.name)
-            self._commands.append(command)
-        self._work_or_wake()
-
     def _submit_opening(self, transfer_id: str, command: Command) -> None:
         try:
-            self._submit(command)
+            self._worker.submit(command)
         except MessengerClosed:
             self._tickets.close(transfer_id)
             raise
-
-    def _post(self, event: LaneEvent | CheckEvent) -> None:
-        """Take an event of a transport or the checker, in whichever thread."""
-        self._lane_events.append(event)
-        self._work_or_wake()
 
     def _report(self, event: TransferEvent) -> None:
         with self._lock:
@@ -326,115 +285,15 @@ class Messenger:
         self._has_news = True
 
     def _tell_news(self) -> None:
-        """After a turn, when everything was sent that it had to say; without the lock."""
+        """After a turn, when everything was sent that it had to say."""
         if self._has_news and self._on_event is not None:
             self._has_news = False
             self._on_event()
 
-    def _work_or_wake(self) -> None:
-        """Do what was just put on a queue, here and now, unless somebody is at work: then he is told of it."""
-        reactor, control = self._reactor, self._control
-        if self._worker == threading.get_ident() or reactor is None or control is None:
-            # This very thread is at work, further up the stack, and looks at the queues before it ends.
-            return
-        if not self._turn_lock.acquire(blocking=False):
-            reactor.wake()
-            return
-        try:
-            with self._as_worker():
-                self._work_off(reactor, control)
-        finally:
-            self._turn_lock.release()
-        self._tell_news()
-
-    @contextlib.contextmanager
-    def _as_worker(self) -> Iterator[None]:
-        self._worker = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._worker = 0
-
-    def _run(self, reactor: Reactor, control: ControlChannel) -> None:
-        try:
-            while self._is_running:
-                self._turn(reactor, control)
-            with self._turn_lock, self._as_worker():
-                self._abort_all("the messenger was closed")
-            give_up = time.monotonic() + self._options.drain_s + 1.0
-            while (self._source.num_open or self._destination.num_open) and time.monotonic() < give_up:
-                self._turn(reactor, control)
-        finally:
-            with self._lock:
-                self._is_running = False
-            with self._turn_lock, self._as_worker():
-                self._control = None
-                try:
-                    # After this nothing of ours touches the pool, whatever the transfers' states.
-                    self._close_transports()
-                finally:
-                    control.close()
-                    reactor.close("the messenger was closed")
-            self._report_unfinished()
-
-    def _turn(self, reactor: Reactor, control: ControlChannel) -> None:
-        """One round of the messenger's thread."""
-        tick_s = min(_TICK_S, self._options.heartbeat_s / 4)
-        was_busy = self._is_busy
-        found = reactor.wait(tick_s if was_busy else _IDLE_WAIT_S)
-        with self._turn_lock, self._as_worker():
-            reactor.dispatch(found)
-            self._work_off(reactor, control)
-            now = time.monotonic()
-            if now - self._last_tick >= tick_s:
-                self._tick(reactor, now, now - self._last_tick if was_busy else 0.0)
-                self._work_off(reactor, control)
-            # Whether the clock matters.
-            self._is_busy = self._source.is_waiting or self._destination.is_waiting or control.has_strangers
-        self._tell_news()
-
-    def _tick(self, reactor: Reactor, now: float, paused_s: float) -> None:
-        self._last_tick = now
-        if paused_s > _OWN_STALL_S:
-            self._source.sessions.forgive(paused_s)
-            self._destination.forgive(paused_s)
-        self._source.tick(now)
-        self._destination.tick(now)
-        reactor.tick(now)
-
-    def _work_off(self, reactor: Reactor, control: ControlChannel) -> None:
-        """Everything that is on a queue, and what comes of it."""
-        while True:
-            for one in control.take():
-                self._handle(one, time.monotonic())
-            while self._commands:
-                self._commands.popleft()(time.monotonic())
-            while self._lane_events:
-                event = self._lane_events.popleft()
-                if isinstance(event, Revoked):
-                    self._source.revoked(event.transport, event.token, time.monotonic())
-                elif isinstance(event, Signed):
-                    self._source.signed(event, time.monotonic())
-                elif isinstance(event, Checked):
-                    self._destination.checked(event)
-                else:
-                    self._destination.take(event, time.monotonic())
-            reactor.flush()
-            if not control.has_incoming and not self._commands and not self._lane_events:
-                return
-
-    def _handle(self, incoming: Incoming, now: float) -> None:
-        if incoming.source is Source.SESSION:
-            self._source.sessions.receive(incoming.key, incoming.frame, now)
-        elif incoming.source is Source.PEER:
-            self._destination.receive(incoming.key, incoming.frame, now)
-        else:
-            self._source.sessions.lose(incoming.key, incoming.reason, now)
-            self._destination.lose(incoming.key, incoming.reason)
-
-    def _abort_all(self, reason: str) -> None:
-        self._source.abort_all(reason, time.monotonic())
-        self._destination.abort_all(reason)
+    def _let_go(self) -> None:
+        """The last turn. After it nothing of ours touches the pool, whatever the transfers' states."""
+        self._close_transports()
+        self._report_unfinished()
 
     def _report_unfinished(self) -> None:
         """Fail what has no event yet: peers that were not waited for any longer, and calls that came too late."""
@@ -443,7 +302,6 @@ class Messenger:
             unfinished = [i for i in self._tickets.open_ids() if i not in ended]
         for transfer_id in unfinished:
             self._report(TransferFailed(transfer_id, "the messenger was closed", ""))
-        self._tell_news()
 
     def _do_without(self, transport: Transport, exc: TransportFailed) -> None:
         """This host does not have a lane; raises where it must."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 
@@ -77,6 +77,7 @@ class PairPlan:
         parts: of each unit, in the order in which they are on their way.
         layers: of each unit, ``(model-wide layer, parts)``: the same bytes, cut at the layers.
         src_units, dst_units: that one block of either side is made of.
+        unit_bytes: of each unit, over all parts.
     """
 
     src_rank: int
@@ -85,14 +86,14 @@ class PairPlan:
     layers: tuple[tuple[int, tuple[Part, ...]], ...]
     src_units: int
     dst_units: int
+    unit_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unit_bytes", sum(part.num_bytes for part in self.parts))
 
     @property
     def is_empty(self) -> bool:
         return not self.parts
-
-    @property
-    def unit_bytes(self) -> int:
-        return sum(part.num_bytes for part in self.parts)
 
 
 @lru_cache(maxsize=512)

@@ -235,6 +235,7 @@ _KINDS: Mapping[int, type[Any]] = {
     14: Pong,
 }
 _NUMBERS = {cls: number for number, cls in _KINDS.items()}
+_NAMES = {cls: tuple(f.name for f in fields(cls)) for cls in _NUMBERS}
 _CHECKS: Mapping[int, list[tuple[str, Check]]] = {
     number: [(f.name, f.metadata["check"]) for f in fields(cls)] for number, cls in _KINDS.items()
 }
@@ -255,8 +256,8 @@ class OtherVersion(ProtocolError):
 
 def encode(message: Message) -> bytes:
     """One frame."""
-    values = [getattr(message, f.name) for f in fields(message)]
-    return bytes(msgpack.packb([_NUMBERS[type(message)], *values], use_bin_type=True))
+    cls = type(message)
+    return bytes(msgpack.packb([_NUMBERS[cls], *(getattr(message, name) for name in _NAMES[cls])], use_bin_type=True))
 
 
 def decode(frame: bytes) -> Message:

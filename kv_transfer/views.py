@@ -199,11 +199,14 @@ def stretches(starts: IntArray, shape: Sequence[int], strides: Sequence[int]) ->
     starts, run = _run_starts(starts, shape, strides).reshape(-1), shape[-1]
     if not len(starts):
         return np.empty((0, 2), np.uint64)
-    firsts = np.flatnonzero(np.diff(starts, prepend=-1 - run) != run)
-    ends = starts[np.append(firsts[1:], len(starts)) - 1] + run
-    found = np.empty((len(firsts), 2), np.uint64)
-    found[:, 0] = starts[firsts]
-    found[:, 1] = ends - starts[firsts]
+    # Where one ends and the next one does not touch it.
+    breaks = np.flatnonzero(starts[1:] - starts[:-1] != run)
+    found = np.empty((len(breaks) + 1, 2), np.uint64)
+    found[0, 0] = starts[0]
+    found[1:, 0] = starts[breaks + 1]
+    found[:-1, 1] = starts[breaks] + run
+    found[-1, 1] = starts[-1] + run
+    found[:, 1] -= found[:, 0]
     return found
 
 

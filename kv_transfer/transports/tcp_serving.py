@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kv_transfer.leases import Lease, LeaseTable
+from kv_transfer.listening import ListeningChannel
 from kv_transfer.plan import IntArray
 from kv_transfer.reactor import READ, WRITE, Channel, ConnectionLost, Reactor
 from kv_transfer.transports.tcp_buffers import Buffers, whole
@@ -33,38 +34,17 @@ TURN_BYTES = 8 << 20
 _ZEROS = memoryview(bytes(1 << 20))
 
 
-class Listener(Channel):
+class Listener(ListeningChannel):
     """Takes in data connections. ``on_stranger`` is called for each one that turns out to be unwelcome."""
 
     def __init__(
         self, sock: socket.socket, reactor: Reactor, leases: LeaseTable, on_stranger: Callable[[], None]
     ) -> None:
-        self.sock = sock
+        super().__init__(sock)
         self.served: set[ServingChannel] = set()
         self._reactor, self._leases, self._on_stranger = reactor, leases, on_stranger
-        self._is_paused = False
 
-    def fileno(self) -> int:
-        return self.sock.fileno()
-
-    def close(self) -> None:
-        self.sock.close()
-
-    def interest(self) -> int:
-        return 0 if self._is_paused else READ
-
-    def tick(self, now: float) -> None:
-        self._is_paused = False
-
-    def ready(self, mask: int) -> None:
-        try:
-            sock, _ = self.sock.accept()
-        except BlockingIOError:
-            return
-        except OSError:
-            # The peer has hung up again, or this process is out of descriptors: trying at once would spin.
-            self._is_paused = True
-            return
+    def take_in(self, sock: socket.socket) -> None:
         if sum(channel.session is None for channel in self.served) >= MAX_STRANGERS:
             sock.close()
             self._on_stranger()

@@ -8,13 +8,14 @@ import struct
 import time
 
 from kv_transfer.leases import LeaseTable
+from kv_transfer.listening import ListeningChannel
 from kv_transfer.reactor import READ, WRITE, Channel, ConnectionLost, Reactor
 from kv_transfer.transports.cuda_ipc.wire import MAGIC, MAX_STRANGERS, PREFACE, PREFACE_TIMEOUT_S
 
 _CREDENTIALS = struct.Struct("3i")
 
 
-class Listener(Channel):
+class Listener(ListeningChannel):
     """Takes in destinations of the same user."""
 
     def __init__(self, sock: socket.socket, reactor: Reactor, leases: LeaseTable, described: tuple[bytes, int]) -> None:
@@ -22,30 +23,13 @@ class Listener(Channel):
         Args:
             described: the pool's description, and the descriptor of its order page.
         """
+        super().__init__(sock)
         self.leases = leases
         self.description, self.page_fd = described
         self.served: set[ServingChannel] = set()
-        self._sock, self._reactor, self._uid = sock, reactor, os.getuid()
-        self._is_paused = False
+        self._reactor, self._uid = reactor, os.getuid()
 
-    def fileno(self) -> int:
-        return self._sock.fileno()
-
-    def interest(self) -> int:
-        return 0 if self._is_paused else READ
-
-    def tick(self, now: float) -> None:
-        self._is_paused = False
-
-    def ready(self, mask: int) -> None:
-        try:
-            sock, _ = self._sock.accept()
-        except BlockingIOError:
-            return
-        except OSError:
-            # Out of descriptors, or the peer has gone again: trying at once would spin.
-            self._is_paused = True
-            return
+    def take_in(self, sock: socket.socket) -> None:
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         _, uid, _ = _CREDENTIALS.unpack(credentials)
         if uid != self._uid or sum(channel.session is None for channel in self.served) >= MAX_STRANGERS:
@@ -55,9 +39,6 @@ class Listener(Channel):
         channel = ServingChannel(sock, self)
         self.served.add(channel)
         self._reactor.add(channel)
-
-    def close(self) -> None:
-        self._sock.close()
 
     def hang_up(self, session: bytes) -> None:
         """The channel is kept until its destination has unmapped, or is gone."""
