@@ -158,14 +158,15 @@ class FrontEnd:
         """
         if request.sampling.seed is None and request.sampling.temperature > 0:
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
-        if request.request_id in self._streams:
-            raise DuplicateRequest(request.request_id, "in flight")
         timeout_s = request.timeout_s or self.settings.scheduler_ttl
+        deadline = time.monotonic() + timeout_s
         flow, shard = self._terms.flow(request), await self.shards.choose(request.model, request.prefer)
         preference = await self._preference(request, shard)
         body = encode_request(request)
         nonce = secrets.token_hex(8)
-        stream = OutputStream(request, nonce, time.monotonic() + timeout_s, self.cancel)
+        if request.request_id in self._streams:
+            raise DuplicateRequest(request.request_id, "in flight")
+        stream = OutputStream(request, nonce, deadline, self.cancel)
         stream.shard = shard.index
         # Known before Redis knows it: an output may overtake the reply.
         self._streams[request.request_id] = stream
@@ -175,7 +176,7 @@ class FrontEnd:
                 body,
                 frontend_id=self.frontend_id,
                 nonce=nonce,
-                timeout_ms=max(1, int(timeout_s * 1000)),
+                timeout_ms=max(1, int((deadline - time.monotonic()) * 1000)),
                 retain_ms=self._retain_ms,
                 input_tokens=request.num_input_tokens,
                 kv_tokens=self._terms.kv_tokens(request),

@@ -47,21 +47,30 @@ class Shard:
         self.is_live = False
         self.unserved_since: float | None = time.monotonic()
         self._num_prefill = 0
-        self._reading = asyncio.Lock()
+        self._reading: asyncio.Task[list[InstanceRecord]] | None = None
+        self._reading_since = float("-inf")
         self._instances: tuple[float, list[InstanceRecord]] = (float("-inf"), [])
 
     async def instances(self, max_age_s: float = INSTANCES_CACHE_S) -> list[InstanceRecord]:
         """Live instances, as of so long ago at most."""
         asked_at = time.monotonic()
-        if asked_at - self._instances[0] > max_age_s:
-            # Many may ask at a time: the first one's answer is all of theirs.
-            async with self._reading:
-                read_at, records = self._instances
-                if asked_at - read_at > max_age_s:
-                    began_at = time.monotonic()
-                    records = await self.store.live_instances()
-                    self._instances = (began_at, records)
-        return self._instances[1]
+        read_at, records = self._instances
+        if asked_at - read_at <= max_age_s:
+            return records
+        # Many may ask at a time: the first one's answer, or failure, is all of theirs.
+        reading = self._reading
+        if reading is None or reading.done() or asked_at - self._reading_since > max_age_s:
+            reading = self._reading = asyncio.create_task(self._read_instances(asked_at))
+            self._reading_since = asked_at
+            # Whoever waited for it may have gone.
+            reading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(reading)
+
+    async def _read_instances(self, began_at: float) -> list[InstanceRecord]:
+        records = await self.store.live_instances()
+        if began_at > self._instances[0]:
+            self._instances = (began_at, records)
+        return records
 
     @property
     def pressure(self) -> float:

@@ -163,6 +163,13 @@ class Sentinels(_Rig):
     def _settle(self) -> None:
         self._trio.settle()
 
+    def _restart(self, seconds: float) -> None:
+        server = self._server()
+        server.kill()
+        time.sleep(min(seconds, QUICK_S))
+        # It may have begun as a replica; its file, where the Sentinels wrote down what it is by now, is written anew.
+        server.start({"replicaof": "no one"})
+
     def _failover(self, seconds: float) -> None:
         old = self._trio.kill_master()
         if self._has_new_master(old):

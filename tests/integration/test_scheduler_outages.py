@@ -13,8 +13,9 @@ from splitwise_sched.errors import RequestFailed, StoreUnavailable
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.instance import InstanceSession
 from splitwise_sched.records import LeaseLost, PrefillAssigned
-from splitwise_sched.store import HELLO, Flow
-from splitwise_sched.types import Role
+from splitwise_sched.shards import Shard
+from splitwise_sched.store import HELLO, Flow, Preference
+from splitwise_sched.types import FinishReason, Request, Role
 from tests.integration.test_scheduler import request_of, tokens_of
 from tests.integration.toy import ToyInstance, settings_for, toy_answer, until
 
@@ -157,3 +158,34 @@ async def test_server_without_memory_is_named_as_the_reason_and_the_next_request
                 await frontend.submit(request_of("r0"))
             client.config_set("maxmemory", 0)
         await frontend.submit(request_of("r0"))
+
+
+async def test_all_who_ask_for_instances_in_an_outage_fail_together(private_redis_server, topic):
+    # One after another, each would wait for the timeout in its turn.
+    settings = settings_for(private_redis_server, topic, redis_timeout_s=1.0)
+    async with FrontEnd(settings) as frontend:
+        private_redis_server.kill()
+        submits = [frontend.submit(request_of(f"r{i}", prefer=("p0",))) for i in range(40)]
+        failures = await asyncio.wait_for(asyncio.gather(*submits, return_exceptions=True), 20)
+        assert {type(failure) for failure in failures} == {StoreUnavailable}
+        private_redis_server.start()
+        await frontend.submit(request_of("r0", prefer=("p0",)))
+
+
+async def test_time_that_a_submit_waits_for_redis_is_the_requests_own(redis_server, topic, monkeypatch):
+    async with FrontEnd(settings_for(redis_server, topic)) as frontend:
+        preferred = FrontEnd._preference
+
+        async def slow(self: FrontEnd, request: Request, shard: Shard) -> Preference:
+            await asyncio.sleep(0.5)
+            return await preferred(self, request, shard)
+
+        monkeypatch.setattr(FrontEnd, "_preference", slow)
+        stream = await frontend.submit(request_of("r0", timeout_s=20))
+        record = await frontend.request_record("r0")
+        assert int(record["deadline_ms"]) - int(record["created_ms"]) <= 19_500
+        # An id may come again meanwhile.
+        twice = await asyncio.gather(*(frontend.submit(request_of("r1")) for _ in range(2)), return_exceptions=True)
+        assert sorted(type(outcome).__name__ for outcome in twice) == ["DuplicateRequest", "OutputStream"]
+        assert await frontend.cancel("r1") and await frontend.cancel("r0")
+        assert [o.finish_reason for o in [o async for o in stream]] == [FinishReason.CANCELLED]
