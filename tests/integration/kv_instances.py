@@ -28,7 +28,7 @@ from kv_transfer.placement import packed
 from kv_transfer.plan import units_of
 from tests import kv_oracle
 from tests.integration.kv_memory import make_pool, spare_time
-from tests.integration.kv_rank import LocalRank
+from tests.integration.kv_rank import IN_VM, LocalRank
 
 MODEL = KVLayout("e", "m", "bfloat16", 6, 4, 16, 4, 24)
 MLA = replace(MODEL, num_kv_heads=1, kv_planes=1)
@@ -105,7 +105,8 @@ def lane_options(lane: str, **other: Any) -> TransferOptions:
         need_xxhash()
     if (obstacle := _obstacle(lane)) is not None:
         pytest.skip(f"{lane} does not run here: {obstacle}")
-    return TransferOptions(protocols=(lane,), secret="a secret", **other)
+    patience = {"silence_s": 20.0} if IN_VM else {}
+    return TransferOptions(protocols=(lane,), secret="a secret", **{**patience, **other})
 
 
 @lru_cache(maxsize=16)
@@ -119,7 +120,7 @@ def _obstacle(lane: str) -> str | None:
         try:
             probe.start()
         except TransportFailed as exc:
-            if lane != "rdma" or "RDMA_VM_NICS" in os.environ:
+            if lane != "rdma" or IN_VM:
                 raise
             return str(exc)
         finally:

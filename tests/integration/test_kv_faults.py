@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from kv_transfer.transports.registry import installed_transports
 from tests.cuda_twin import TwinRuntime
 from tests.integration.kv_instances import lane_options
 from tests.integration.kv_memory import cuda_runtime
-from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, RemoteRank, differing, pattern
+from tests.integration.kv_rank import IN_VM, LAYOUT, WAIT_S, LocalRank, RemoteRank, differing, pattern
 
 # RDMA needs devices: it takes part in the VM that has them (make test-rdma).
 LANES = installed_transports()
@@ -31,7 +31,9 @@ BIG = KVLayout("transformers", "tiny", "float32", 8, 8, 64, 16, 512)
 
 def quick(lane: str, **other: float) -> TransferOptions:
     """Peers that give up on each other soon."""
-    return dataclasses.replace(lane_options(lane), secret=None, heartbeat_s=0.2, silence_s=2.0, drain_s=0.5, **other)
+    silence_s = 6.0 if IN_VM else 2.0
+    given: dict[str, Any] = {"secret": None, "heartbeat_s": 0.2, "silence_s": silence_s, "drain_s": 0.5, **other}
+    return dataclasses.replace(lane_options(lane), **given)
 
 
 @pytest.fixture

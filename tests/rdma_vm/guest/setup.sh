@@ -35,6 +35,7 @@ for ((i = 0; i < RDMA_VM_NICS; i++)); do
 done
 
 echo "rdma-vm: command after $(cut -d' ' -f1 /proc/uptime) s" >/dev/kmsg
+touch "$job/started"
 setsid /bin/bash "$job/command.sh" </dev/null >"$stdout" 2>"$stderr"
 echo $? >"$job/exit-code"
 sync
