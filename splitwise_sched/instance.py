@@ -17,44 +17,29 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from splitwise_sched.codec import decode_request
-from splitwise_sched.connection import BlockingReader, as_dict
 from splitwise_sched.errors import (
-    Fenced,
     IncompatibleInstance,
-    InvalidRequest,
     SplitwiseError,
     StoreUnavailable,
-    UnknownModel,
 )
+from splitwise_sched.intake import Intake, Room
 from splitwise_sched.outputs import encode_output
 from splitwise_sched.placement import choose_shard, has_company, no_shard_left, one_at_a_time, open_to, take_census
 from splitwise_sched.records import (
-    Claim,
-    DecodeAssigned,
-    Dropped,
     InstanceEvent,
     LeaseLost,
-    PrefillAssigned,
     Registration,
 )
+from splitwise_sched.runs import Runs
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.store import Store
 from splitwise_sched.sweeper import Sweeper
 from splitwise_sched.tasks import end, keep_going
-from splitwise_sched.types import Output, Request, RequestState, Role, check_id
+from splitwise_sched.types import Output, Role, check_id
 
 logger = logging.getLogger(__name__)
 
-BLOCK_MS = 5000
-MAX_CLAIM = 64
-MAX_HELD = 100_000
 HELD_POLL_S = 0.02
-MAX_DROPPED_EARLY = 10_000
-INBOX_COUNT = 64  # the bodies of so many are in memory at once
-INBOX_FIELDS = {"id", "epoch", "prefill", "frontend"}
-BIND_RETRY_S = 0.01
-PAUSE_AFTER_FAILURE_S = 0.2
 # So many that a Redis which stands still for three quarters of a lease costs nobody its place.
 RENEWALS_A_LEASE = 4.5
 REREGISTER_PAUSE_S = 1.0
@@ -82,17 +67,14 @@ class InstanceSession:
         self._emit = on_event
         self._lease_ms = int(settings.instance_lease_s * 1000)
         self._retain_ms = int(settings.scheduler_ttl * 1000)
-        self._room = 0
-        self._has_room = asyncio.Event()
+        self._room = Room()
         self._load: dict[str, int | float | str] = {}
         self._alive_at = 0.0
-        self._frontends: dict[tuple[str, int], str] = {}
-        self._dropped_early: dict[tuple[str, int], None] = {}
+        self._runs = Runs(self._emit)
+        self._intake: Intake | None = None
         self._avoided_until: dict[tuple[str, str], float] = {}
         self.num_pairs_avoided = 0
-        self._peers: dict[str, Mapping[str, str]] = {}
         self._is_draining = False
-        self._binding = asyncio.Lock()
         self._claiming: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._supervisor: asyncio.Task[None] | None = None
@@ -177,7 +159,6 @@ class InstanceSession:
             raise
         self.store, old = store, self.store
         self.shard = shard
-        self._peers.clear()
         self._has_moved.set()
         await old.close()
 
@@ -191,7 +172,7 @@ class InstanceSession:
             with contextlib.suppress(StoreUnavailable):
                 if has_company(self._registration.role, await self.store.live_instances()):
                     alone_since = loop.time()
-                elif loop.time() - alone_since > patience_s and not self._frontends and not self._is_draining:
+                elif loop.time() - alone_since > patience_s and not self._runs and not self._is_draining:
                     census = open_to(self._registration, await take_census(self._settings))
                     name, role = self._registration.name, self._registration.role
                     if choose_shard(name, role, census, wants_company=True) not in (None, self.shard):
@@ -216,13 +197,17 @@ class InstanceSession:
         # Nothing is awaited from here on: what the tasks emit comes after LeaseLost of the registration before.
         self.instance_id = instance_id
         self._lost = asyncio.get_running_loop().create_future()
-        self._frontends.clear()
-        self._dropped_early.clear()
-        self._tasks = [self._start(self._keep_lease()), self._start(self._read_inbox())]
+        self._runs = Runs(self._emit)
+        self._intake = Intake(
+            self.store, instance_id, self._runs, self._room,
+            model=self._registration.model, has_shards=self._settings.scheduler_shards > 1, retain_ms=self._retain_ms,
+            emit=self._emit, give_back=self.give_back, lose=self._lose,
+        )  # fmt: skip
+        self._tasks = [self._start(self._keep_lease()), self._start(self._intake.read_inbox())]
         if self._is_free_to_choose:
             self._tasks.append(self._start(self._look_for_company()))
         if not self._is_draining and self._registration.role is not Role.DECODE:
-            self._claiming = self._start(self._claim())
+            self._claiming = self._start(self._intake.claim())
             self._tasks.append(self._claiming)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -272,15 +257,16 @@ class InstanceSession:
         """Take nothing more; what is held goes on to its end. Claims without a decode instance go back. Idempotent."""
         self._is_draining = True
         if self._claiming is not None and not self._claiming.done():
-            async with self._binding:
+            assert self._intake is not None
+            async with self._intake.binding:
                 await end(self._claiming)
-            await self._return_claims()
+            await self._intake.return_claims()
         await self.store.drain(self.instance_id)
 
     async def until_empty(self) -> None:
         """Wait until nothing that was given to this instance is left, neither here nor on its way from Redis."""
         while True:
-            if not self._frontends and not await self.store.inbox_depth(self.instance_id):
+            if not self._runs and not await self.store.inbox_depth(self.instance_id):
                 return
             await asyncio.sleep(HELD_POLL_S)
 
@@ -288,25 +274,16 @@ class InstanceSession:
         """Finish what is held, for ``timeout_s`` at most, and come back in another role: LeaseLost tells the new id."""
         await self.drain()
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while self._frontends and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
+        while self._runs and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(HELD_POLL_S)
         self._registration = replace(self._registration, role=role)
         self._is_draining = False
         self._lose(f"its role changes to {role.value}")
 
-    async def _return_claims(self) -> None:
-        """Give back what was claimed and not bound, also by a read that was broken off."""
-        async with self.store.reader() as reader:
-            claims = await reader.claim(self.instance_id, MAX_HELD, 1, again=True)
-        states = await self.store.request_states([claim.request_id for claim in claims])
-        for claim, state in zip(claims, states, strict=True):
-            if state == (RequestState.QUEUED.value, claim.epoch):
-                self.give_back(claim.request_id, claim.epoch, f"{self.instance_id} is draining", retry=True)
-
     @property
     def num_held(self) -> int:
         """Runs that were assigned here and have not ended."""
-        return len(self._frontends)
+        return len(self._runs)
 
     # ---- what the serving loop says ------------------------------------------------------------------------------
 
@@ -318,18 +295,14 @@ class InstanceSession:
 
     def set_room(self, num_requests: int) -> None:
         """How many more prompts the engine would take now; nothing is claimed beyond that."""
-        self._room = num_requests
-        if num_requests > 0:
-            self._has_room.set()
-        else:
-            self._has_room.clear()
+        self._room.set(num_requests)
 
     def publish(self, outputs: Sequence[Output]) -> None:
         """Send outputs: one entry a front end, and the end of those that end. Outputs of dropped runs are left out."""
         entries: dict[str, dict[str, str]] = defaultdict(dict)
-        ended = []
+        ended, frontends = [], self._runs.frontends
         for output in outputs:
-            frontend_id = self._frontends.get((output.request_id, output.epoch))
+            frontend_id = frontends.get((output.request_id, output.epoch))
             if frontend_id is None:
                 continue
             if output.finish_reason is not None:
@@ -344,7 +317,7 @@ class InstanceSession:
         for frontend_id, entry in entries.items():
             self._send(frontend_id, entry)
         for output in ended:
-            del self._frontends[(output.request_id, output.epoch)]
+            self._runs.forget((output.request_id, output.epoch))
             assert output.finish_reason is not None
             self.store.finish(
                 output.request_id,
@@ -367,13 +340,13 @@ class InstanceSession:
         def answered(reply: Any) -> None:
             self._answered(reply)
             if reply == 0:
-                self._drop(request_id, epoch, "it was taken back")
+                self._runs.drop(request_id, epoch, "it was taken back")
 
         self.store.step(request_id, epoch, self.instance_id, notes, on_reply=answered)
 
     def release(self, request_id: str, epoch: int) -> None:
         """This instance's part of a run is over without an end of the request: decode has taken it over."""
-        self._frontends.pop((request_id, epoch), None)
+        self._runs.forget((request_id, epoch))
 
     def give_back(self, request_id: str, epoch: int, why: str, *, retry: bool, pair_failed: bool = False) -> None:
         """This instance cannot go on with the run.
@@ -383,7 +356,7 @@ class InstanceSession:
             pair_failed: because its KV did not get from prefill to decode: they are not put together again for a while
                 when that happens often.
         """
-        self._frontends.pop((request_id, epoch), None)
+        self._runs.forget((request_id, epoch))
 
         def answered(reply: Any) -> None:
             self._answered(reply)
@@ -417,22 +390,6 @@ class InstanceSession:
             # What was to be told is lost with it, so others must take the work over.
             self._lose(f"Redis did not take its outputs: {reply}")
 
-    def _drop(self, request_id: str, epoch: int, reason: str) -> None:
-        if self._frontends.pop((request_id, epoch), None) is not None:
-            self._emit(Dropped(request_id, epoch, reason))
-            return
-        self._dropped_early[(request_id, epoch)] = None
-        if len(self._dropped_early) > MAX_DROPPED_EARLY:
-            del self._dropped_early[next(iter(self._dropped_early))]
-
-    def _hold(self, request_id: str, epoch: int, frontend_id: str) -> bool:
-        """A run was assigned here. False: the word to drop it came on another connection, before it."""
-        if (request_id, epoch) in self._dropped_early:
-            del self._dropped_early[(request_id, epoch)]
-            return False
-        self._frontends[(request_id, epoch)] = frontend_id
-        return True
-
     # ---- tasks ---------------------------------------------------------------------------------------------------
 
     async def _keep_lease(self) -> None:
@@ -446,122 +403,3 @@ class InstanceSession:
                 if not await self.store.renew(self.instance_id, self._lease_ms, self._load):
                     self._lose(f"the lease of {self._settings.instance_lease_s:g} s was not renewed in time")
                     return
-
-    async def _claim(self) -> None:
-        async with self.store.reader() as reader:
-            await self._claim_with(reader)
-
-    async def _claim_with(self, reader: BlockingReader) -> None:
-        claims: list[Claim] = []
-        again = False
-        while True:
-            try:
-                if claims:
-                    async with self._binding:
-                        claims = await self._bind(claims)
-                    if claims:
-                        await asyncio.sleep(BIND_RETRY_S)
-                    continue
-                await self._has_room.wait()
-                count = min(self._room, MAX_CLAIM)
-                claims = await reader.claim(self.instance_id, count, BLOCK_MS, again=again)
-                if again:
-                    claims = [c for c in claims if (c.request_id, c.epoch) not in self._frontends]
-                    again = False
-            except Fenced as exc:
-                self._lose(str(exc))
-                return
-            except StoreUnavailable as exc:
-                reader.outage.failed(exc)
-                again = not claims
-                await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
-
-    async def _bind(self, claims: list[Claim]) -> list[Claim]:
-        """Bind what can be bound; returns the claims that have to wait for a decode instance, in order."""
-        # In one round trip; the body of a claim that has to wait is fetched in vain, and again.
-        bodies = self.store.bodies([claim.request_id for claim in claims])
-        answers = await self.store.bind(self.instance_id, claims, self._retain_ms)
-        by_id = {claim.request_id: (claim, body) for claim, body in zip(claims, await bodies, strict=True)}
-        waiting = [by_id[a.request_id][0] for a in answers if a.verdict == "WAIT"]
-        bound = [a for a in answers if a.verdict == "BOUND" and self._hold(*by_id[a.request_id][0].run, a.frontend_id)]
-        peers = [self._peers.get(a.decode_instance) or await self._fields_of(a.decode_instance) for a in bound]
-        for answer, decode_fields in zip(bound, peers, strict=True):
-            claim, body = by_id[answer.request_id]
-            if claim.run not in self._frontends:
-                continue  # it was dropped meanwhile
-            request = self._open(claim.request_id, claim.epoch, body)
-            if request is not None:
-                self._room -= 1
-                self._emit(PrefillAssigned(request, claim.epoch, answer.decode_instance, decode_fields))
-        if self._room <= 0:
-            self._has_room.clear()
-        return waiting
-
-    async def _read_inbox(self) -> None:
-        async with self.store.reader() as reader:
-            await self._read_inbox_with(reader)
-
-    async def _read_inbox_with(self, reader: BlockingReader) -> None:
-        inbox = self.store.keys.inbox(self.instance_id)
-        control = self.store.keys.control(self.instance_id)
-        positions = {inbox: "0-0", control: "0-0"}
-        while True:
-            try:
-                entries = await reader.read(positions, BLOCK_MS, INBOX_COUNT)
-                # An inbox entry is seen before the word to drop it.
-                await self._take_in([as_dict(fields) for key, _, fields in entries if key == inbox])
-                for key, entry_id, flat in entries:
-                    fields = as_dict(flat) if key == control else {}
-                    if "drop" in fields and fields.get("epoch", "").isdigit():
-                        self._drop(fields["drop"], int(fields["epoch"]), fields.get("why", ""))
-                    positions[key] = entry_id
-            except StoreUnavailable as exc:
-                reader.outage.failed(exc)
-                await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
-
-    async def _take_in(self, entries: list[dict[str, str]]) -> None:
-        """What the inbox says that this instance decodes; what it prefills itself is there too."""
-        mine = [e for e in entries if e.keys() >= INBOX_FIELDS and e["epoch"].isdigit()]
-        mine = [e for e in mine if e["prefill"] != self.instance_id]
-        if not mine:
-            return
-        # All that may fail comes first: what was emitted once is not read again.
-        bodies = await self.store.bodies([e["id"] for e in mine])
-        peers = [self._peers.get(e["prefill"]) or await self._fields_of(e["prefill"]) for e in mine]
-        for entry, body, prefill_fields in zip(mine, bodies, peers, strict=True):
-            request_id, epoch = entry["id"], int(entry["epoch"])
-            # Without its record, its lease has lapsed; whoever reaps it takes this run back.
-            if not prefill_fields or not self._hold(request_id, epoch, entry["frontend"]):
-                continue
-            request = self._open(request_id, epoch, body)
-            if request is not None:
-                self._emit(DecodeAssigned(request, epoch, entry["prefill"], prefill_fields))
-
-    async def _fields_of(self, instance_id: str) -> Mapping[str, str]:
-        """Lease record of another instance, {} when it lapsed; what does not change in it may be some time old."""
-        if instance_id == self.instance_id:
-            return {}
-        fields = self._peers.get(instance_id)
-        if fields is None:
-            fields = await self.store.instance_fields(instance_id)
-            if len(self._peers) > 1024:
-                self._peers.clear()
-            if fields:
-                self._peers[instance_id] = fields
-        return fields
-
-    def _open(self, request_id: str, epoch: int, body: bytes | None) -> Request | None:
-        if body is None:
-            self.give_back(request_id, epoch, "its body is gone from Redis", retry=True)
-            return None
-        try:
-            request = decode_request(body)
-        except InvalidRequest as exc:
-            self.give_back(request_id, epoch, str(exc), retry=False)
-            return None
-        if request.model != self._registration.model:
-            # With other shards, one of them may serve it.
-            why = str(UnknownModel(request.model, [self._registration.model]))
-            self.give_back(request_id, epoch, why, retry=self._settings.scheduler_shards > 1)
-            return None
-        return request

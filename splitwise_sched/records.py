@@ -74,6 +74,9 @@ class InstanceRecord:
             return None
 
 
+Run = tuple[str, int]  # request id, epoch
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """An entry of a queue that this instance took: ``queue``, or ``preferred:<its id>``."""
@@ -84,7 +87,7 @@ class Claim:
     epoch: int
 
     @property
-    def run(self) -> tuple[str, int]:
+    def run(self) -> Run:
         return self.request_id, self.epoch
 
 

@@ -20,14 +20,14 @@ async def test_run_that_is_dropped_while_its_peer_is_looked_up_is_not_assigned(r
         FrontEnd(settings) as frontend,
     ):
         looking, go = asyncio.Event(), asyncio.Event()
-        look_up = prefill.session._fields_of
+        look_up = prefill.session._intake._fields_of
 
         async def held_up(instance_id):
             looking.set()
             await go.wait()
             return await look_up(instance_id)
 
-        monkeypatch.setattr(prefill.session, "_fields_of", held_up)
+        monkeypatch.setattr(prefill.session._intake, "_fields_of", held_up)
         await frontend.submit(Request("dropped", "toy", (3,), TWO))
         await asyncio.wait_for(looking.wait(), 15)
         assert await frontend.cancel("dropped")
@@ -47,7 +47,7 @@ async def test_run_whose_drop_was_read_before_it_is_not_assigned(redis_server, t
     settings = settings_for(redis_server, topic)
     async with ToyInstance(settings, Role.MIXED, "m") as mixed, FrontEnd(settings) as frontend:
         # As read from the control stream before the reply of bind.
-        mixed.session._drop("dropped", 1, "it was cancelled")
+        mixed.session._runs.drop("dropped", 1, "it was cancelled")
         await frontend.submit(Request("dropped", "toy", (3,), TWO))
         stream = await frontend.submit(Request("next", "toy", (4,), TWO))
         assert [t async for output in stream for t in output.token_ids] == toy_answer(stream.request)

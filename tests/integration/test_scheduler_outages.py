@@ -11,7 +11,7 @@ from splitwise_sched.codec import encode_request
 from splitwise_sched.connection import BlockingReader
 from splitwise_sched.errors import RequestFailed, StoreUnavailable
 from splitwise_sched.frontend import FrontEnd
-from splitwise_sched.instance import InstanceSession
+from splitwise_sched.intake import Intake
 from splitwise_sched.records import LeaseLost, PrefillAssigned
 from splitwise_sched.shards import Shard
 from splitwise_sched.store import HELLO, Flow, Preference
@@ -100,16 +100,16 @@ async def test_loop_that_fails_begins_again(monkeypatch, caplog):
 
 
 async def test_instance_with_a_bug_in_a_task_begins_anew_under_another_id(redis_server, topic, monkeypatch, caplog):
-    reads = InstanceSession._read_inbox_with
+    reads = Intake._read_inbox_with
     failed = []
 
     async def fails_once(self, reader) -> None:
         if not failed:
-            failed.append(self.instance_id)
+            failed.append(self._instance_id)
             raise RuntimeError("a bug")
         await reads(self, reader)
 
-    monkeypatch.setattr(InstanceSession, "_read_inbox_with", fails_once)
+    monkeypatch.setattr(Intake, "_read_inbox_with", fails_once)
     settings = settings_for(redis_server, topic)
     async with FrontEnd(settings) as frontend, ToyInstance(settings, Role.MIXED, "m0") as instance:
         (lost,) = await instance.wait_for(LeaseLost)
