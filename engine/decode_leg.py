@@ -83,6 +83,9 @@ class DecodeLeg:
             self._steps.give_back(request.request_id, event.epoch, str(exc), retry=retry, pair_failed=retry)
             return
         self.runs[key] = DecodeRun(request, event.epoch)
+        if self._unreserved:
+            # It has to wait for blocks: its source is connected to meanwhile.
+            self._ranks.connect(source)
         self._unreserved.append((key, source))
 
     def reserve_waiting(self) -> None:

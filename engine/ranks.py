@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.events import Received, Sent, TransferEvent, TransferFailed, TransferStats
+from kv_transfer.lanes import LaneReport
 from kv_transfer.messenger import Messenger
 from kv_transfer.options import TransferOptions
 from kv_transfer.pool import BlockPool
@@ -72,6 +73,11 @@ class RankGroup:
         for messenger in self._messengers:
             messenger.open_receive(transfer_id, source, block_ids, deadline_s=deadline_s)
 
+    def connect(self, source: Sequence[RankEndpoint]) -> None:
+        """Begin to reach a source that transfers will come from; costs next to nothing where that was done before."""
+        for messenger in self._messengers:
+            messenger.connect(source)
+
     def abort(self, transfer_id: str, reason: str) -> None:
         """``TransferFailed`` follows when no rank's blocks are in use any more. Nothing happens to unknown ones."""
         if transfer_id in self._parts:
@@ -86,6 +92,10 @@ class RankGroup:
                 if (combined := self._combine(rank, event)) is not None:
                     ended.append(combined)
         return ended
+
+    def lanes(self) -> list[LaneReport]:
+        """What the ranks are connected to, rank by rank."""
+        return [report for messenger in self._messengers for report in messenger.lanes()]
 
     def counters(self) -> Mapping[str, int | float]:
         """Sums over the ranks."""

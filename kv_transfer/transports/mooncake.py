@@ -14,10 +14,9 @@ from kv_transfer.endpoint import Offer, RankEndpoint
 from kv_transfer.errors import TransportFailed
 from kv_transfer.leases import LeaseTable
 from kv_transfer.options import TransferOptions
-from kv_transfer.plan import PairPlan
 from kv_transfer.pool import BlockPool
-from kv_transfer.transports.base import Link, Post, Transport
-from kv_transfer.transports.pulling import PullLink, Reader, region_bases, region_offer
+from kv_transfer.transports.base import Post
+from kv_transfer.transports.pulling import PullTransport, Reader, region_bases, region_offer
 from kv_transfer.views import ByteArray, Iovecs
 
 try:
@@ -31,13 +30,12 @@ except ImportError as _exc:
 _BATCH = 1000
 
 
-class MooncakeTransport(Transport):
+class MooncakeTransport(PullTransport):
     name = "mooncake"
 
     def __init__(self, pool: BlockPool, options: TransferOptions, leases: LeaseTable, post: Post) -> None:
         super().__init__(pool, options, leases, post)
         self._engine: Any = None
-        self._links: list[PullLink] = []
 
     def offer(self) -> Offer:
         places = region_offer(self.pool)
@@ -56,28 +54,11 @@ class MooncakeTransport(Transport):
             return str(exc)
         return None if isinstance(offer.get("session"), str) else "its offer names no session"
 
-    def open_link(self, peer: RankEndpoint, data_token: bytes, plan: PairPlan) -> Link:
-        offer = peer.transports[self.name]
-        reader = _MooncakeReader(str(offer["session"]), self.options.bind_host)
-        target, bases = self.pool.view(plan, "dst"), region_bases(offer, peer)
-        link = PullLink(
-            reader,
-            self.post,
-            target=target,
-            plan=plan,
-            peer=peer,
-            bases=bases,
-            chunk_bytes=self.options.chunk_bytes,
-        )
-        self._links = [x for x in self._links if not x.is_down] + [link]
-        return link
+    def reader(self, peer: RankEndpoint) -> Reader:
+        return _MooncakeReader(str(peer.transports[self.name]["session"]), self.options.bind_host)
 
     def close(self) -> None:
-        for link in self._links:
-            link.close()
-        for link in self._links:
-            link.join()
-        self._links.clear()
+        super().close()
         if self._engine is None:
             return
         for region in self.pool.memory:

@@ -20,10 +20,9 @@ from kv_transfer.endpoint import Offer, RankEndpoint
 from kv_transfer.errors import TransportFailed
 from kv_transfer.leases import LeaseTable
 from kv_transfer.options import TransferOptions
-from kv_transfer.plan import PairPlan
 from kv_transfer.pool import BlockPool
-from kv_transfer.transports.base import Link, Post, Transport
-from kv_transfer.transports.pulling import PullLink, Reader, joined_text, region_bases, region_offer, split_text
+from kv_transfer.transports.base import Post
+from kv_transfer.transports.pulling import PullTransport, Reader, joined_text, region_bases, region_offer, split_text
 from kv_transfer.views import ByteArray, Iovecs
 
 try:
@@ -38,14 +37,13 @@ _EAGER_CHECKS = 200
 _PAUSE_S = 50e-6
 
 
-class NixlTransport(Transport):
+class NixlTransport(PullTransport):
     name = "nixl"
 
     def __init__(self, pool: BlockPool, options: TransferOptions, leases: LeaseTable, post: Post) -> None:
         super().__init__(pool, options, leases, post)
         self._agent: Any = None
         self._registered: Any = None
-        self._links: list[PullLink] = []
 
     def offer(self) -> Offer:
         self._agent = agent = _start_agent()
@@ -66,30 +64,13 @@ class NixlTransport(Transport):
             return str(exc)
         return None
 
-    def open_link(self, peer: RankEndpoint, data_token: bytes, plan: PairPlan) -> Link:
-        offer = peer.transports[self.name]
-        reader = _NixlReader(self._agent, base64.b64decode(joined_text("agent", offer)))
-        target, bases = self.pool.view(plan, "dst"), region_bases(offer, peer)
-        link = PullLink(
-            reader,
-            self.post,
-            target=target,
-            plan=plan,
-            peer=peer,
-            bases=bases,
-            chunk_bytes=self.options.chunk_bytes,
-        )
-        self._links = [x for x in self._links if not x.is_down] + [link]
-        return link
+    def reader(self, peer: RankEndpoint) -> Reader:
+        return _NixlReader(self._agent, base64.b64decode(joined_text("agent", peer.transports[self.name])))
 
     def close(self) -> None:
+        super().close()
         if self._agent is None:
             return
-        for link in self._links:
-            link.close()
-        for link in self._links:
-            link.join()
-        self._links.clear()
         if self._registered is not None:
             self._agent.deregister_memory(self._registered, backends=[_BACKEND])
         self._agent = self._registered = None

@@ -17,9 +17,11 @@ import numpy as np
 
 from kv_transfer.endpoint import Offer, RankEndpoint
 from kv_transfer.errors import PoolNotServed, TransportFailed
+from kv_transfer.leases import LeaseTable
+from kv_transfer.options import TransferOptions
 from kv_transfer.plan import IntArray, PairPlan
 from kv_transfer.pool import BlockPool
-from kv_transfer.transports.base import Cancelled, Fetched, Link, LinkDown, LinkUp, Post
+from kv_transfer.transports.base import Cancelled, Fetched, Link, LinkDown, LinkUp, Post, Transport
 from kv_transfer.views import BlockView, ByteArray, Iovecs, stretches
 
 _JOIN_TIMEOUT_S = 2.0
@@ -178,6 +180,38 @@ class PullLink(Link):
                 return
             is_wanted = self._is_wanted
         self._post(Fetched(self, chunk.chunk_id) if is_wanted else Cancelled(self, chunk.token))
+
+
+class PullTransport(Transport):
+    """Keeps its links; whoever fetches has a reader a link."""
+
+    def __init__(self, pool: BlockPool, options: TransferOptions, leases: LeaseTable, post: Post) -> None:
+        super().__init__(pool, options, leases, post)
+        self._links: list[PullLink] = []
+
+    @abstractmethod
+    def reader(self, peer: RankEndpoint) -> Reader:
+        """A way to read the memory of a peer that has no obstacle; begins nothing yet."""
+
+    def open_link(self, peer: RankEndpoint, data_token: bytes, plan: PairPlan) -> Link:
+        link = PullLink(
+            self.reader(peer),
+            self.post,
+            target=self.pool.view(plan, "dst"),
+            plan=plan,
+            peer=peer,
+            bases=region_bases(peer.transports[self.name], peer),
+            chunk_bytes=self.options.chunk_bytes,
+        )
+        self._links = [x for x in self._links if not x.is_down] + [link]
+        return link
+
+    def close(self) -> None:
+        for link in self._links:
+            link.close()
+        for link in self._links:
+            link.join()
+        self._links.clear()
 
 
 def region_offer(pool: BlockPool) -> Offer:
