@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -18,29 +17,11 @@ import pytest
 from splitwise_sched.errors import ConfigError
 from splitwise_sched.store import Store
 from tests.conftest import RedisServer
-from tests.integration.gateway_parts import MODEL, ScriptedInstance, gateway, scheduler_settings
+from tests.integration.gateway.parts import MODEL, ScriptedInstance, gateway, scheduler_settings
 from tests.integration.toy import until
-from tests.tokenizer_dirs import CHATML, byte_level, saved
 
 pytest.importorskip("uvicorn")
 COMPLETION = {"model": MODEL, "prompt": "x"}
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("model"), byte_level(), chat_template=CHATML, eos_token="<|im_end|>")
-
-
-@pytest.fixture
-async def instance(redis_server: RedisServer, topic: str, tokenizer_dir: Path) -> AsyncIterator[ScriptedInstance]:
-    async with ScriptedInstance(scheduler_settings(redis_server, topic), tokenizer_dir) as scripted:
-        yield scripted
-
-
-@pytest.fixture
-async def url(redis_server: RedisServer, topic: str, instance: ScriptedInstance) -> AsyncIterator[str]:
-    async with gateway(scheduler_settings(redis_server, topic)) as url:
-        yield url
 
 
 async def counted(url: str, line: str) -> bool:

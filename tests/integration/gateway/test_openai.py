@@ -10,28 +10,10 @@ import openai
 import pytest
 
 from tests.conftest import RedisServer
-from tests.integration.gateway_parts import MAX_MODEL_LEN, MODEL, ScriptedInstance, gateway, scheduler_settings
-from tests.tokenizer_dirs import CHATML, byte_level, saved
+from tests.integration.gateway.parts import MAX_MODEL_LEN, MODEL, ScriptedInstance, gateway, scheduler_settings
 
 pytest.importorskip("uvicorn")
 USER = [{"role": "user", "content": "the fox"}]
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("model"), byte_level(), chat_template=CHATML, eos_token="<|im_end|>")
-
-
-@pytest.fixture
-async def instance(redis_server: RedisServer, topic: str, tokenizer_dir: Path) -> AsyncIterator[ScriptedInstance]:
-    async with ScriptedInstance(scheduler_settings(redis_server, topic), tokenizer_dir) as scripted:
-        yield scripted
-
-
-@pytest.fixture
-async def url(redis_server: RedisServer, topic: str, instance: ScriptedInstance) -> AsyncIterator[str]:
-    async with gateway(scheduler_settings(redis_server, topic)) as url:
-        yield url
 
 
 @pytest.fixture

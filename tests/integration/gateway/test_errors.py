@@ -14,24 +14,12 @@ import pytest
 
 from splitwise_sched.types import Role
 from tests.conftest import RedisServer
-from tests.integration.gateway_parts import MAX_MODEL_LEN, MODEL, ScriptedInstance, gateway, scheduler_settings
+from tests.integration.gateway.parts import MAX_MODEL_LEN, MODEL, ScriptedInstance, gateway, scheduler_settings
 from tests.integration.toy import until
-from tests.tokenizer_dirs import CHATML, byte_level, saved
 
 pytest.importorskip("uvicorn")
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "x"}]}
 COMPLETION = {"model": MODEL, "prompt": "x"}
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("model"), byte_level(), chat_template=CHATML, eos_token="<|im_end|>")
-
-
-@pytest.fixture
-async def instance(redis_server: RedisServer, topic: str, tokenizer_dir: Path) -> AsyncIterator[ScriptedInstance]:
-    async with ScriptedInstance(scheduler_settings(redis_server, topic), tokenizer_dir) as scripted:
-        yield scripted
 
 
 @pytest.fixture
