@@ -2,7 +2,6 @@
 
 from kv_transfer.endpoint import RankEndpoint, endpoints_from_text, endpoints_to_text
 from kv_transfer.errors import (
-    DeviceUnavailable,
     InvalidEndpoint,
     InvalidLayout,
     InvalidOptions,
@@ -25,7 +24,6 @@ from kv_transfer.messenger import Messenger
 from kv_transfer.options import CudaOptions, RdmaOptions, TransferOptions, parse_protocols
 from kv_transfer.placement import Base, Placement
 from kv_transfer.pool import BlockPool
-from kv_transfer.staging import DevicePool
 from kv_transfer.tickets import NOT_WANTED
 
 __all__ = [
@@ -33,8 +31,6 @@ __all__ = [
     "Base",
     "BlockPool",
     "CudaOptions",
-    "DevicePool",
-    "DeviceUnavailable",
     "InvalidEndpoint",
     "InvalidLayout",
     "InvalidOptions",

@@ -47,14 +47,6 @@ class PoolUnavailable(KVTransferError):
         self.num_bytes = num_bytes
 
 
-class DeviceUnavailable(KVTransferError):
-    """An accelerator that a pool is on, and that this process cannot use."""
-
-    def __init__(self, device: str, why: str) -> None:
-        super().__init__(f"{device}: {why}")
-        self.device, self.why = device, why
-
-
 class InvalidOptions(KVTransferError):
     """A transfer option that cannot work; ``option`` names it."""
 

@@ -33,7 +33,7 @@ class TensorPool(BlockPool):
         """
         placed, memory = place_tensors(layout, tensors, names)
         if memory[0].device != "cpu":
-            raise InvalidLayout("placement", f"is on {memory[0].device}: use a DevicePool")
+            raise InvalidLayout("placement", f"is on {memory[0].device}: use a CudaPool")
         super().__init__(placed)
         self._tensors = tuple(tensors)
         self.regions = tuple(_bytes_at(region) for region in memory)

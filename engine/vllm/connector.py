@@ -32,11 +32,10 @@ from engine.vllm.regions import ModelShape, layout_of
 from engine.vllm.scheduler_side import SchedulerSide, StepPlan
 from engine.vllm.versions import check_version
 from engine.vllm.worker_side import WorkerSide
-from kv_transfer.cuda import CudaDevice
 from kv_transfer.endpoint import endpoints_from_text, endpoints_to_text
 from kv_transfer.host_pool import TensorPool
 from kv_transfer.pool import BlockPool
-from kv_transfer.staging import DevicePool
+from kv_transfer.transports.cuda_ipc.pool import CudaPool
 from splitwise_sched.errors import ConfigError
 
 check_version(vllm.__version__)
@@ -148,7 +147,10 @@ class SplitwiseConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if device == "cpu":
             pool = TensorPool(layout, tensors, names)
         else:
-            pool = DevicePool(layout, tensors, names, CudaDevice(tensors[0].device.index or 0))
+            on = tensors[0].device
+            pool = CudaPool.of_named_tensors(
+                layout, tensors, names, stream=lambda: int(torch.cuda.current_stream(on).cuda_stream)
+            )
         name = f"vllm-{self._kv_transfer_config.engine_id}-{rank}"
         self._worker = WorkerSide(pool, self._options.transfer, name=name, timeout_s=self._options.transfer_timeout_s)
         self._endpoint = endpoints_to_text([self._worker.start()])

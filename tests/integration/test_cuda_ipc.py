@@ -363,3 +363,40 @@ def test_tensors_of_another_size_than_the_layouts_are_refused(planes: int, twin:
     with pytest.raises(PoolUnavailable, match="regions of"):
         CudaPool(layout, [DeviceRegion(base, 7, None)], twin)
     twin.free(0, base)
+
+
+@pytest.mark.parametrize("lane", ["cuda_ipc", "tcp"])
+def test_an_engines_own_tensors_on_a_device_are_moved_where_they_are(twin: TwinRuntime, lane: str) -> None:
+    """In strides of their own: heads before tokens in memory, under the shape that vLLM gives them."""
+    layout = KVLayout("e", "m", "float16", 3, 4, 8, 4, 10)
+    shape = (2, layout.num_blocks, layout.num_kv_heads, layout.block_size, layout.head_dim)
+    options = dataclasses.replace(OPTIONS, protocols=(lane,))
+    rng = np.random.default_rng(0)
+    with contextlib.ExitStack() as stack:
+        sides = []
+        for name in ("prefill", "decode"):
+            addresses = [twin.allocate(0, 2 * int(np.prod(shape))) for _ in range(layout.num_layers)]
+            for address in addresses:
+                stack.callback(twin.free, 0, address)
+            memory = [twin.bytes_at(address, 2 * int(np.prod(shape))) for address in addresses]
+            tensors = [region.view(np.uint16).reshape(shape).transpose(0, 1, 3, 2, 4) for region in memory]
+            for tensor in tensors:
+                tensor[...] = rng.integers(0, 2**16, tensor.shape, dtype=np.uint16)
+            names = ("plane", "block", "token", "head", "dim")
+            pool = CudaPool.of_named_tensors(layout, tensors, names, runtime=twin)
+            stack.callback(pool.close)
+            messenger = stack.enter_context(Messenger(pool, options, name=name))
+            sides.append((messenger, tensors))
+        (source, sent), (destination, arrived) = sides
+        wanted = [tensor.copy() for tensor in arrived]
+        for mine, theirs in zip(wanted, sent, strict=True):
+            mine[:, [1, 2, 9]] = theirs[:, [8, 0, 5]]
+        destination.open_receive("r@1", [source.endpoint], [1, 2, 9], deadline_s=WAIT_S)
+        source.open_send("r@1", num_blocks=3, deadline_s=WAIT_S)
+        source.send_blocks("r@1", 0, [8, 0, 5])
+        source.finish_send("r@1", b"")
+        events: list[object] = []
+        wait_for(lambda: bool(events.extend(destination.poll()) or events))
+        assert [type(event) for event in events] == [Received]
+        for mine, theirs in zip(arrived, wanted, strict=True):
+            assert np.array_equal(mine, theirs)

@@ -1,4 +1,4 @@
-"""Pools that are not ours: an engine's tensors, and memory that the host cannot address, on every transport."""
+"""Pools that are not ours, an engine's tensors, on every transport that moves host memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kv_transfer import BlockPool, DevicePool, KVPool, PoolNotServed, Received, Sent, TensorPool, TransferOptions
-from kv_transfer.staging import HostDevice
+from kv_transfer import BlockPool, KVPool, PoolNotServed, Received, Sent, TensorPool, TransferOptions
 from kv_transfer.transports.registry import installed_transports
 from tests.integration.kv_instances import MODEL, lane_options
 from tests.integration.kv_rank import LocalRank
@@ -24,11 +23,6 @@ def tensors(seed: int) -> list[np.ndarray]:
     """K and V of each layer, as an engine holds them."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, 2**16, SHAPE, dtype=np.uint16) for _ in range(MODEL.num_layers)]
-
-
-def pool_of(kind: str, owned: list[np.ndarray]) -> BlockPool:
-    pool = TensorPool(MODEL, owned, NAMES)
-    return pool if kind == "tensors" else DevicePool(MODEL, owned, NAMES, HostDevice(pool.regions))
 
 
 @pytest.fixture
@@ -44,9 +38,8 @@ def keep(ranks: contextlib.ExitStack, pool: BlockPool, options: TransferOptions,
 
 
 @pytest.mark.parametrize("checksum", ["none", "crc32"])
-@pytest.mark.parametrize("kind", ["tensors", "device"])
 @pytest.mark.parametrize("lane", [lane for lane in installed_transports() if lane != "cuda_ipc"])
-def test_blocks_arrive_in_memory_of_any_kind(ranks: contextlib.ExitStack, lane: str, kind: str, checksum: str) -> None:
+def test_blocks_arrive_in_an_engines_own_tensors(ranks: contextlib.ExitStack, lane: str, checksum: str) -> None:
     options = lane_options(lane, checksum=checksum)
     source = keep(ranks, KVPool.allocate(MODEL), options, "prefill")
     source.fill(1)
@@ -54,7 +47,7 @@ def test_blocks_arrive_in_memory_of_any_kind(ranks: contextlib.ExitStack, lane: 
     wanted = [tensor.copy() for tensor in owned]
     # A pool that cannot be served by this transport can be fetched into by it all the same.
     served_too = replace(options, protocols=(*options.protocols, "tcp"))
-    destination = keep(ranks, pool_of(kind, owned), served_too, "decode")
+    destination = keep(ranks, TensorPool(MODEL, owned, NAMES), served_too, "decode")
     destination.receive("r@1", [source.endpoint], [3, 1, 2])
     source.send("r@1", [20, 5, 6])
     received = destination.wait("r@1")
@@ -67,14 +60,13 @@ def test_blocks_arrive_in_memory_of_any_kind(ranks: contextlib.ExitStack, lane: 
         assert np.array_equal(owned[layer], tensor), f"layer {layer}"
 
 
-@pytest.mark.parametrize("kind", ["tensors", "device"])
 def test_a_pool_that_peers_cannot_map_is_fetched_from_by_tcp_and_both_sides_say_so(
-    ranks: contextlib.ExitStack, kind: str, caplog: pytest.LogCaptureFixture
+    ranks: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = TransferOptions(protocols=("ipc", "tcp"))
     owned = tensors(1)
     with caplog.at_level(logging.WARNING, "kv_transfer"):
-        source = keep(ranks, pool_of(kind, owned), options, "prefill")
+        source = keep(ranks, TensorPool(MODEL, owned, NAMES), options, "prefill")
     assert "peers cannot fetch KV from prefill by shm: the pool is private memory of this process" in caplog.text
     assert source.counters()["not_served_total"] == 1
     destination = keep(ranks, KVPool.allocate(MODEL), options, "decode")
@@ -90,7 +82,7 @@ def test_a_pool_that_peers_cannot_map_is_fetched_from_by_tcp_and_both_sides_say_
 
 def test_a_rank_whose_pool_no_transport_can_serve_does_not_start() -> None:
     with pytest.raises(PoolNotServed, match="name tcp as well"):
-        LocalRank(MODEL, TransferOptions(protocols=("shm",)), "prefill", pool=pool_of("tensors", tensors(1)))
+        LocalRank(MODEL, TransferOptions(protocols=("shm",)), "prefill", pool=TensorPool(MODEL, tensors(1), NAMES))
 
 
 def test_torch_tensors_of_an_engine_are_moved_where_they_are(ranks: contextlib.ExitStack) -> None:

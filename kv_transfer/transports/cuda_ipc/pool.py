@@ -10,7 +10,7 @@ from kv_transfer.errors import PoolUnavailable
 from kv_transfer.layout import KVLayout, placement_of
 from kv_transfer.plan import IntArray, PairPlan
 from kv_transfer.pool import BlockPool
-from kv_transfer.tensors import Memory
+from kv_transfer.tensors import Memory, place_tensors
 from kv_transfer.transports.cuda_ipc.host_view import HostStage, StagedView
 from kv_transfer.transports.cuda_ipc.order import ComputeOrder
 from kv_transfer.transports.cuda_ipc.regions import DeviceRegion, region_of
@@ -69,6 +69,30 @@ class CudaPool(BlockPool):
             TransportFailed: cupy, a driver or a device is missing.
         """
         return cls(layout, [region_of(tensor) for tensor in tensors], open_runtime(), stream)
+
+    @classmethod
+    def of_named_tensors(
+        cls,
+        layout: KVLayout,
+        tensors: Sequence[Any],
+        names: Sequence[str],
+        *,
+        stream: Callable[[], int] = lambda: 0,
+        runtime: Runtime | None = None,
+    ) -> CudaPool:
+        """Over an engine's tensors in any strides, as ``TensorPool`` in host memory; they stay alive with the pool.
+
+        Args:
+            tensors, names: see ``place_tensors``.
+        Raises:
+            InvalidLayout: the tensors are not what the layout says.
+            PoolUnavailable: they are on several devices.
+            TransportFailed: cupy, a driver or a device is missing.
+        """
+        placed, memory = place_tensors(layout, tensors, names)
+        owners = tuple(tensors)
+        regions = [DeviceRegion(region.address, region.num_bytes, owners) for region in memory]
+        return cls(placed, regions, runtime or open_runtime(), stream)
 
     @classmethod
     def allocate(cls, layout: KVLayout, device: int = 0, runtime: Runtime | None = None) -> CudaPool:
