@@ -7,16 +7,15 @@ call waits for Redis.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
 
 from splitwise_sched.errors import SplitwiseError, StoreUnavailable
 from splitwise_sched.instance import InstanceSession
+from splitwise_sched.loop_thread import LoopThread
 from splitwise_sched.records import InstanceEvent, LeaseLost, PrefillAssigned, Registration
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.types import Output, Role
@@ -55,8 +54,7 @@ class Instance:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._session: InstanceSession | None = None
-        self._thread: threading.Thread | None = None
-        self._stop: asyncio.Event | None = None
+        self._thread: LoopThread | None = None
         self._draining: asyncio.Task[None] | None = None
         self._changing: asyncio.Task[None] | None = None
         self._is_drained = False
@@ -83,32 +81,18 @@ class Instance:
 
     def start(self, timeout_s: float = 30.0) -> None:
         """Raises what InstanceSession.start raises; nothing runs on after that."""
-        started: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._thread = threading.Thread(target=self._run, args=(started,), name="splitwise-instance", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread("splitwise-instance", self._main)
         try:
-            started.result(timeout_s)
-        except concurrent.futures.TimeoutError as exc:
-            self.close()
-            raise StoreUnavailable(f"Redis did not answer within {timeout_s:g} s") from exc
+            self._thread.start(timeout_s)
         except BaseException:
-            self.close()
+            self._thread = None
             raise
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Hand back what is held, give up the lease, end the thread. Idempotent."""
-        thread, loop, stop = self._thread, self._loop, self._stop
-        if thread is None:
-            return
-        if loop is not None and stop is not None and thread.is_alive():
-            try:
-                loop.call_soon_threadsafe(stop.set)
-            except RuntimeError:
-                logger.debug("the I/O thread had ended by itself")
-        thread.join(timeout_s)
-        if thread.is_alive():
-            logger.warning("the scheduler's I/O thread did not end within %g s", timeout_s)
-        self._thread = None
+        if self._thread is not None:
+            self._thread.close(timeout_s)
+            self._thread = None
 
     def __enter__(self) -> Instance:
         self.start()
@@ -251,52 +235,18 @@ class Instance:
             self._num_unread_prefills += isinstance(event, PrefillAssigned)
         self._notify()
 
-    def _run(self, started: concurrent.futures.Future[None]) -> None:
-        try:
-            with asyncio.Runner(loop_factory=_loop_factory()) if hasattr(asyncio, "Runner") else _OldRunner() as runner:
-                runner.run(self._main(started))
-        except SplitwiseError as exc:
-            logger.error("the scheduler's I/O thread ends: %s", exc)
-
-    async def _main(self, started: concurrent.futures.Future[None]) -> None:
-        self._stop = asyncio.Event()
-        try:
-            session = InstanceSession(self._settings, self._registration, self._on_event)
-            await session.start()
-        except Exception as exc:
-            started.set_exception(exc)
-            return
+    async def _main(self, ready: Callable[[], None], stop: asyncio.Event) -> None:
+        session = InstanceSession(self._settings, self._registration, self._on_event)
+        await session.start()
         self._session = session
         self._loop = asyncio.get_running_loop()
-        started.set_result(None)
+        ready()
         self._flush()
         try:
-            await self._stop.wait()
+            await stop.wait()
             self._flush()
             for task in (self._draining, self._changing):
                 if task is not None:
                     task.cancel()
         finally:
             await session.close()
-
-
-class _OldRunner:
-    """asyncio.Runner for Python 3.10."""
-
-    def __enter__(self) -> _OldRunner:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        return None
-
-    def run(self, main: Any) -> None:
-        asyncio.run(main)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's where it is installed: a third less CPU a command."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import logging
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from splitwise_sched.errors import RequestFailed, SplitwiseError, StoreUnavailable
+from splitwise_sched.errors import RequestFailed, SplitwiseError
 from splitwise_sched.fastdeploy.messages import error_dict, result_dict
 from splitwise_sched.frontend import FrontEnd
+from splitwise_sched.loop_thread import LoopThread
 from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.types import Request
-
-logger = logging.getLogger(__name__)
 
 MAX_UNREAD = 1_000_000
 START_TIMEOUT_S = 30.0
@@ -35,47 +33,28 @@ class UserSide:
         self._lock = threading.Lock()
         self._results: dict[str, list[dict[str, Any]]] = {}
         self._num_unread = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._frontend: FrontEnd | None = None
-        self._stop: asyncio.Event | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: LoopThread | None = None
         self._pumps: set[asyncio.Task[None]] = set()
 
     @property
     def is_running(self) -> bool:
-        return self._loop is not None
+        return self._thread is not None and self._thread.loop is not None
 
     def start(self) -> None:
         """Raises what FrontEnd.start raises; nothing runs on after that."""
-        started: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._main(started)), name="splitwise-frontend", daemon=True
-        )
-        self._thread.start()
+        self._thread = LoopThread("splitwise-frontend", self._main)
         try:
-            started.result(START_TIMEOUT_S)
-        except concurrent.futures.TimeoutError as exc:
-            self.close()
-            raise StoreUnavailable(f"Redis did not answer within {START_TIMEOUT_S:g} s") from exc
-        except SplitwiseError:
-            self._thread.join(CLOSE_TIMEOUT_S)
+            self._thread.start(START_TIMEOUT_S)
+        except BaseException:
             self._thread = None
             raise
 
     def close(self) -> None:
         """Idempotent."""
-        thread, loop, stop = self._thread, self._loop, self._stop
-        if thread is None:
-            return
-        if loop is not None and stop is not None and thread.is_alive():
-            try:
-                loop.call_soon_threadsafe(stop.set)
-            except RuntimeError:
-                logger.debug("the I/O thread had ended by itself")
-        thread.join(CLOSE_TIMEOUT_S)
-        if thread.is_alive():
-            logger.warning("the front end's I/O thread did not end within %g s", CLOSE_TIMEOUT_S)
-        self._thread = self._loop = None
+        if self._thread is not None:
+            self._thread.close(CLOSE_TIMEOUT_S)
+            self._thread = None
 
     def submit(self, requests: Sequence[tuple[str, Request]]) -> list[str | None]:
         """Submit all of them at a time, and wait for Redis to say what became of each.
@@ -86,7 +65,7 @@ class UserSide:
         Returns:
             [num_requests] None for each that is queued, else why it is not.
         """
-        loop = self._loop
+        loop = self._thread.loop if self._thread is not None else None
         if loop is None:
             return ["the scheduler was not started: call start(role, host, disaggregated) first"] * len(requests)
         with self._lock:
@@ -114,22 +93,15 @@ class UserSide:
 
     # ---- the I/O thread ------------------------------------------------------------------------------------------
 
-    async def _main(self, started: concurrent.futures.Future[None]) -> None:
-        self._stop = asyncio.Event()
-        frontend = FrontEnd(self._settings, name=self.nodeid)
+    async def _main(self, ready: Callable[[], None], stop: asyncio.Event) -> None:
+        self._frontend = FrontEnd(self._settings, name=self.nodeid)
+        await self._frontend.start()
+        ready()
         try:
-            await frontend.start()
-        except SplitwiseError as exc:
-            started.set_exception(exc)
-            return
-        self._frontend, self._loop = frontend, asyncio.get_running_loop()
-        started.set_result(None)
-        try:
-            await self._stop.wait()
+            await stop.wait()
         finally:
-            self._loop = None
             # Every stream ends with that, and so does whoever reads it.
-            await frontend.close()
+            await self._frontend.close()
             if self._pumps:
                 await asyncio.wait(self._pumps, timeout=1)
 
