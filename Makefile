@@ -37,7 +37,6 @@ GPU_CHECK_ARGS ?=
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check --quiet
 PEER_TESTS := $(addprefix tests/integration/,test_kv_conformance.py test_kv_faults.py)
-RDMA_TESTS := $(addprefix tests/integration/,test_rdma.py test_kv_conformance.py test_kv_faults.py test_kv_lifetime.py)
 benchmarks := $(filter-out common,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
 .PHONY: demo gpu-wheels gpu-check test test-peers test-rdma test-vllm lint check chaos soak chaos-bugs fuzz bench wheel build clean
@@ -54,10 +53,9 @@ test-peers: $(VENV)/.dev-installed
 	$(pip) install --constraint $(VENV)/torch-constraint.txt --editable '.[nixl,mooncake]'
 	$(bin)/python -m pytest -rs -k "nixl or mooncake" $(PEER_TESTS) $(PYTEST_ARGS)
 
-# A TCG machine beside other work is slow: ten minutes at most, and every wait inside allows for that.
+# Several VMs, ten minutes each at most: without KVM they are slow, and every wait inside allows for that.
 test-rdma: $(VENV)/.dev-installed
-	$(bin)/python -m tests.rdma_vm.vm --nics 8 --memory-mib 3072 --timeout-s 590 -- \
-	    $(bin)/python -m pytest -p no:cacheprovider -k rdma $(RDMA_TESTS) $(PYTEST_ARGS)
+	$(bin)/python -m tests.rdma_vm.suite $(PYTEST_ARGS)
 
 # On a laptop it is no failure when vLLM cannot be had.
 test-vllm:

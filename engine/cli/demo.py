@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 from pydantic import Field
 
-from engine.demo.fleet import Fleet, free_port
+from engine.demo.fleet import READY_TIMEOUT_S, Fleet, free_port
 from splitwise_sched.cli.options import settings_command
 from splitwise_sched.errors import ConfigError
 from splitwise_sched.settings import ExplicitSettings
@@ -60,6 +60,9 @@ class DemoSettings(ExplicitSettings):
     )
     chaos_s: float = Field(60.0, ge=1, le=86_400, description="Seconds that --chaos lasts.")
     kv_blocks: int = Field(1024, ge=8, description="KV blocks of 16 tokens on each instance.")
+    ready_timeout_s: float = Field(
+        READY_TIMEOUT_S, gt=0, le=3600, description="How long instances and gateway may take to come up, each."
+    )
 
 
 @settings_command(DemoSettings, name="demo")
@@ -168,8 +171,8 @@ async def _start(settings: DemoSettings, console: Console, fleet: Fleet, model: 
                 fleet.start_instance(role, index, model, (*flags, "--pd-comm-host", hosts[role]))
         port = free_port()
         fleet.start("gateway", ("gateway", "--port", str(port), "--model", str(model)))
-        await fleet.wait_for_instances(count)
-        await fleet.wait_for_gateway(port)
+        await fleet.wait_for_instances(count, settings.ready_timeout_s)
+        await fleet.wait_for_gateway(port, settings.ready_timeout_s)
     console.print(
         f"{fleet.redis.description} on port {fleet.redis.port}, {settings.prefill} prefill and {settings.decode} "
         f"decode instances, gateway on http://127.0.0.1:{port}/v1"
