@@ -189,3 +189,22 @@ async def test_time_that_a_submit_waits_for_redis_is_the_requests_own(redis_serv
         assert sorted(type(outcome).__name__ for outcome in twice) == ["DuplicateRequest", "OutputStream"]
         assert await frontend.cancel("r1") and await frontend.cancel("r0")
         assert [o.finish_reason for o in [o async for o in stream]] == [FinishReason.CANCELLED]
+
+
+@pytest.mark.parametrize("durability", ["master", "wait"])
+async def test_body_that_a_server_took_with_it_is_sent_to_its_successor(redis_server, topic, durability, monkeypatch):
+    settings = settings_for(redis_server, topic, durability=durability, durability_timeout_ms=1)
+    async with FrontEnd(settings) as frontend, ToyInstance(settings, Role.MIXED, "m0"):
+        name = "tell_and_wait" if durability == "wait" else "tell"
+        send, lost = getattr(frontend.store, name), []
+
+        def lose_the_first(*args: object, **more: object) -> None:
+            if args[0] == "SET" and not lost:
+                lost.append(args)
+            else:
+                send(*args, **more)
+
+        monkeypatch.setattr(frontend.store, name, lose_the_first)
+        request = request_of("r0")
+        assert await tokens_of(await frontend.submit(request)) == toy_answer(request)
+        assert len(lost) == 1
