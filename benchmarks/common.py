@@ -11,7 +11,17 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
-PACKAGES = ("splitwise-sched", "numpy", "msgpack", "redis", "torch", "transformers", "xllamacpp")
+PACKAGES = (
+    "splitwise-sched",
+    "numpy",
+    "msgpack",
+    "redis",
+    "torch",
+    "transformers",
+    "xllamacpp",
+    "nixl",
+    "mooncake-transfer-engine-non-cuda",
+)
 
 
 @dataclass(frozen=True)

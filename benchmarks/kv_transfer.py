@@ -132,9 +132,12 @@ class Bench:
             return size / (time.monotonic() - began) / 1e9
 
     def latency(self, lane: str) -> None:
+        """Beside it, what a message there and one back cost these two processes, after pauses of the same kind."""
         layout = flat_layout(16, 4096)
         rng = np.random.default_rng(0)
         with pair([layout], [layout], lane) as (far, near):
+            trips = self.round_trips(far, rng)
+            self.add(f"{lane} bare round trip", f"{statistics.median(trips):.0f} us", us=[round(t, 1) for t in trips])
             for count in (1, 64):
                 times = []
                 for _ in range(self.args.latency_rounds):
@@ -146,6 +149,20 @@ class Bench:
                 p10, p90 = np.percentile(times, [10, 90])
                 self.add(name, f"{median:.0f} us", f"p10 {p10:.0f}, p90 {p90:.0f}", us=[round(t, 1) for t in times])
                 self.report.targets.append(at_most(f"{name}: us", median, LATENCY_US[lane, count]))
+
+    def round_trips(self, far: FarSide, rng: np.random.Generator) -> list[float]:
+        """Microseconds of each, over a socket that both wait for in the plainest way."""
+        times = []
+        with socket.create_connection(("127.0.0.1", far.ask(("echo", None)))) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for _ in range(self.args.latency_rounds):
+                for _ in range(2):
+                    rng.permutation(4096)
+                began = time.monotonic()
+                sock.sendall(b"there")
+                sock.recv(16)
+                times.append((time.monotonic() - began) * 1e6)
+        return times[len(times) // 10 :]
 
     def concurrency(self, lane: str) -> None:
         paged = Paged(16 << 10, 64 * 8 * MIB)

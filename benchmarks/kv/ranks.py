@@ -182,6 +182,13 @@ def _serve(pipe: Connection, layouts: list[KVLayout], lane: str) -> None:
                 pipe.send(listener.getsockname()[1])
                 with listener.accept()[0] as sock:
                     sock.sendall(memoryview(side.pools[0].regions[0])[:argument])
+        elif what == "echo":
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                pipe.send(listener.getsockname()[1])
+                with listener.accept()[0] as sock:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    while data := sock.recv(16):
+                        sock.sendall(data)
         else:
             pipe.send(side.usage())
     side.close()
