@@ -73,9 +73,10 @@ class KVPool(BlockPool):
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 _advise(mapping, mmap.MADV_HUGEPAGE)
             if populate:
-                # Reserves the pages as well: where there are none it fails here, not with SIGBUS in a forward pass.
-                os.posix_fallocate(fd, 0, total)
+                # First by the mapping, as fallocate() knows nothing of the advice and would take small pages.
                 _advise(mapping, _MADV_POPULATE_WRITE)
+                # Where there are no pages it fails here, not with SIGBUS in a forward pass.
+                os.posix_fallocate(fd, 0, total)
             nonce = secrets.token_bytes(NONCE_BYTES)
             TRAILER.pack_into(mapping, offset, TRAILER_MAGIC, nonce, layout.pool_bytes)
             _seal(fd)
