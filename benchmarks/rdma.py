@@ -207,9 +207,8 @@ def cost_of_posting(block_kib: int, *, is_merged: bool) -> float:
 def measure(report: Report, args: argparse.Namespace) -> None:
     devices = [port.device for port in rdma_ports() if port.is_active][:2]
     devices = devices * 2 if len(devices) == 1 else devices
-    sizes = (16, 64) if args.quick else BLOCK_KIB
     rows = []
-    for block_kib in sizes:
+    for block_kib in args.block_kib:
         for queue_pairs in QUEUE_PAIRS:
             beside = [perftest(tool, block_kib, queue_pairs, devices, args) for tool in ("ib_write_bw", "ib_read_bw")]
             runs = ours(block_kib, queue_pairs, devices, args)
@@ -245,7 +244,7 @@ def in_vm(args: argparse.Namespace) -> int:
 
     with tempfile.TemporaryDirectory(prefix="bench-rdma-") as directory:
         flags = ["--json", f"{directory}/found.json", *(["--quick"] if args.quick else [])]
-        flags += ["--mib", str(args.mib), "--rounds", str(args.rounds)]
+        flags += ["--mib", str(args.mib), "--rounds", str(args.rounds), "--block-kib", *map(str, args.block_kib)]
         machine = Machine(num_nics=2, timeout_s=VM_TIMEOUT_S, writable=(Path(directory),))
         code = run([sys.executable, "-m", "benchmarks.rdma", *flags], machine, ready_image())
         if code == 0 and args.json:
@@ -255,7 +254,8 @@ def in_vm(args: argparse.Namespace) -> int:
 
 def main() -> int:
     flags = parser(__doc__)
-    flags.add_argument("--mib", type=int, default=32, help="moved in a round")
+    flags.add_argument("--mib", type=int, default=64, help="moved in a round")
+    flags.add_argument("--block-kib", type=int, nargs="+", default=BLOCK_KIB, choices=BLOCK_KIB, metavar="KIB")
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--vm", action="store_true", help="run in the test VM, on Soft-RoCE devices")
     flags.add_argument("--posting", action="store_true", help="only the CPU time of posting; needs no device")
@@ -263,7 +263,7 @@ def main() -> int:
     if args.vm:
         return in_vm(args)
     if args.quick:
-        args.mib, args.rounds = min(args.mib, 8), min(args.rounds, 3)
+        args.mib, args.rounds, args.block_kib = min(args.mib, 8), min(args.rounds, 3), (16, 64)
     if not args.posting and not any(port.is_active for port in rdma_ports()):
         print("no RDMA device here; --vm runs it in the test VM, --posting measures what needs none")
         return 0

@@ -24,6 +24,8 @@ for setting in accept_local=1 rp_filter=0 arp_ignore=1 arp_announce=2; do
     echo "${setting#*=}" >"/proc/sys/net/ipv4/conf/all/${setting%=*}"
     echo "${setting#*=}" >"/proc/sys/net/ipv4/conf/default/${setting%=*}"
 done
+# A source answers all reads that it has been asked for at once; what overflows here is only asked for again after a second.
+echo 20000 >/proc/sys/net/core/netdev_max_backlog
 ip link add switch0 type bridge
 ip link set switch0 mtu 4500 up
 for ((i = 0; i < RDMA_VM_NICS; i++)); do
