@@ -2,8 +2,8 @@
 
 The guest's root is this machine's, read-only under a layer of its own, so that the command finds the same Python, the
 same working directory and the same environment; what it writes is gone afterwards, except below --writable. Where KVM
-can be used the guest has this machine's CPU, elsewhere an emulated one, 10 to 20 times slower; stderr says which. Exit
-codes: the command's own; 124 when the time is up, 125 when the guest died, 126 when there is no image.
+can be used the guest has this machine's CPU, elsewhere an emulated one, on which Python is 30 times slower; stderr says
+which. Exit codes: the command's own; 124 when the time is up, 125 when the guest died, 126 when there is no image.
 """
 
 from __future__ import annotations
