@@ -20,13 +20,13 @@ from tempfile import TemporaryDirectory
 from engine.testing import make_tiny_model
 
 SHARES = {
+    "demo": ("tests/e2e/test_demo_rdma.py",),
     "devices": (
         "tests/integration/test_rdma.py",
         "tests/integration/test_kv_faults.py",
         "tests/integration/test_kv_lifetime.py",
     ),
     "layouts": ("tests/integration/test_kv_conformance.py",),
-    "demo": ("tests/e2e/test_demo_rdma.py",),
 }
 NUM_VMS = 2
 NUM_NICS, MEMORY_MIB = 8, 3072
