@@ -11,7 +11,8 @@
 #   make chaos   real processes and faults drawn from a seed: SEED=1 DURATION=60 PLAN=mixed
 #                SERVER=redis|redis6|valkey|sentinel|cluster (CHAOS_ARGS="--json FILE --verbose")
 #   make soak    the same for an hour
-#   make fuzz    everything that reads bytes from outside, coverage-guided: FUZZ_SECONDS=60 for each reader
+#   make fuzz    everything that reads bytes from outside, coverage-guided: FUZZ_SECONDS=60 for each reader; and thousands
+#                of pairs of KV layouts, moved and compared
 #   make chaos-bugs   the chaos harness against planted bugs
 #   make bench   every benchmark, in its quick form
 #   make wheel   the distributions, in dist/
@@ -96,6 +97,7 @@ soak: chaos
 
 fuzz: $(VENV)/.fuzz-installed
 	SPLITWISE_FUZZ_EXAMPLES=1000 $(bin)/python -m pytest tests/unit/test_fuzz_targets.py tests/integration/test_hostile_records.py --timeout 3000
+	SPLITWISE_PLAN_EXAMPLES=3000 $(bin)/python -m pytest tests/unit/test_kv_plan.py --timeout 3000
 	$(bin)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 chaos-bugs: $(VENV)/.dev-installed

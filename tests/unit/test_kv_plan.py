@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -20,6 +21,9 @@ from kv_transfer.plan import PairPlan, hold_the_same, merge_runs, plan_pair, uni
 from kv_transfer.views import HostView
 from tests import kv_oracle
 from tests.kv_layouts import Pair, pairs, tp_sizes
+
+# Generated pairs of instances, each moved in three ways; `make fuzz` takes thousands.
+NUM_EXAMPLES = int(os.environ.get("SPLITWISE_PLAN_EXAMPLES", "350"))
 
 
 def views(plan: PairPlan, src: KVLayout, src_memory: kv_oracle.Memory, dst: KVLayout, dst_memory: kv_oracle.Memory):
@@ -53,7 +57,7 @@ def moved_units(plan: PairPlan, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("move", [copy, pack, stream])
 def test_every_byte_arrives_where_the_layouts_say_and_no_other_byte_changes(move) -> None:
-    @settings(deadline=None, max_examples=350, suppress_health_check=list(HealthCheck))
+    @settings(deadline=None, max_examples=NUM_EXAMPLES, suppress_health_check=list(HealthCheck))
     @given(pairs(), st.integers(0, 2**32 - 1))
     def check(pair: Pair, seed: int) -> None:
         rng = np.random.default_rng(seed)
