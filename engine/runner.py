@@ -145,7 +145,7 @@ class Runner:
         """Once; returns whether the engine computed."""
         assert self.instance is not None, "start() comes first"
         self.went_round_at = time.monotonic()
-        for event in self.instance.poll(self._room(), self.load()):
+        for event in self.instance.poll(self._room(), self.load):
             self._on_scheduler(event)
         outputs = [o for e in self.ranks.poll() if (o := self._on_transfer(e)) is not None]
         self._decode.reserve_waiting()

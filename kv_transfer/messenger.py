@@ -242,6 +242,8 @@ class Messenger:
 
     def poll(self) -> list[TransferEvent]:
         """What has ended since the last call; never waits. Works after ``close`` as well."""
+        if not self._events:
+            return []
         with self._lock:
             found = list(self._events)
             self._events.clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -22,8 +23,12 @@ from splitwise_sched.types import Output, Role
 
 logger = logging.getLogger(__name__)
 
+Load = Mapping[str, int | float | str]
+
 MAX_UNSENT = 100_000
 DRAIN_RETRY_S = 0.5
+# A wake-up of the I/O thread costs a loop that goes round thousands of times a second more than all else here.
+REPORT_S = 0.05
 
 
 class Instance:
@@ -51,6 +56,8 @@ class Instance:
         self._commands: deque[Callable[[InstanceSession], None]] = deque()
         self._flush_due = False
         self._num_unread_prefills = 0
+        self._room_said: int | None = None
+        self._report_at = 0.0
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._session: InstanceSession | None = None
@@ -105,19 +112,25 @@ class Instance:
 
     # ---- the serving loop ----------------------------------------------------------------------------------------
 
-    def poll(self, room: int, load: Mapping[str, int | float | str]) -> list[InstanceEvent]:
+    def poll(self, room: int, load: Load | Callable[[], Load]) -> list[InstanceEvent]:
         """Once each time round: what came since the last call.
 
         Args:
             room: how many more prompts the engine would take now.
-            load: readable figures for the lease record.
+            load: readable figures for the lease record; looked at now and then.
         """
-        with self._lock:
-            events = list(self._events)
-            self._events.clear()
-            self._num_unread_prefills = 0
-        figures = dict(load)
-        self._do(lambda session: self._report(session, room, figures))
+        self._raise_refused()
+        events: list[InstanceEvent] = []
+        if self._events:
+            with self._lock:
+                events += self._events
+                self._events.clear()
+                self._num_unread_prefills = 0
+        now = time.monotonic()
+        if events or room != self._room_said or now >= self._report_at:
+            self._room_said, self._report_at = room, now + REPORT_S
+            figures = dict(load() if callable(load) else load)
+            self._do(lambda session: self._report(session, room, figures))
         return events
 
     def publish(self, outputs: Sequence[Output]) -> None:
@@ -201,9 +214,7 @@ class Instance:
         session.set_room(room - unread)
 
     def _do(self, command: Callable[[InstanceSession], None]) -> None:
-        if self._refused is not None:
-            refused, self._refused = self._refused, None
-            raise refused
+        self._raise_refused()
         if len(self._commands) >= MAX_UNSENT:
             raise StoreUnavailable(f"{MAX_UNSENT} commands wait for the I/O thread: it has stopped")
         self._commands.append(command)
@@ -214,6 +225,11 @@ class Instance:
             except RuntimeError as exc:
                 self._flush_due = False
                 raise StoreUnavailable("the scheduler's I/O thread has ended") from exc
+
+    def _raise_refused(self) -> None:
+        if self._refused is not None:
+            refused, self._refused = self._refused, None
+            raise refused
 
     def _flush(self) -> None:
         self._flush_due = False

@@ -12,6 +12,8 @@ from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.types import Request
 
+ROUND_TRIPS = 5
+
 
 async def tokens_of(stream: OutputStream) -> list[int]:
     return [token for output in [o async for o in stream] for token in output.token_ids]
@@ -53,8 +55,8 @@ async def kill_one_under_load(
         answers = [asyncio.create_task(tokens_of(s)) for s in streams]
 
         def is_in_hand(stream: OutputStream, record: Mapping[str, str]) -> bool:
-            num_tokens, half = len(stream.assembly.token_ids), stream.request.sampling.max_tokens // 2
-            under_way = 10 < num_tokens < half if victim == "decode" else num_tokens == 0
+            num_tokens = len(stream.assembly.token_ids)
+            under_way = num_tokens > 10 if victim == "decode" else num_tokens == 0
             return under_way and record.get("state") == victim
 
         async def caught() -> str | None:
@@ -67,7 +69,10 @@ async def kill_one_under_load(
                 # What drives an engine stops last: it passes on what the engine had said until then.
                 for process in reversed(trees[name]):
                     process.suspend()
-                if is_in_hand(stream, await frontend.request_record(stream.request_id)):
+                # What it had sent until then, Redis reads first: that may be the request's end.
+                for _ in range(ROUND_TRIPS):
+                    record = await frontend.request_record(stream.request_id)
+                if is_in_hand(stream, record):
                     return name
                 for process in trees[name]:
                     process.resume()

@@ -21,7 +21,7 @@ FLAGS = (
 )  # fmt: skip
 READY_S = 300.0
 LENGTHS = (5, 31, 32, 33, 64, 100, 129, 200, 300, 400, 512, 700)
-NUM_OUTPUT = 120
+NUM_OUTPUT = 200
 
 
 def request_of(index: int, length: int) -> Request:
