@@ -158,6 +158,23 @@ async def test_loop_drains_once_all_that_it_held_has_ended(redis_server, topic):
             await late.aclose()
 
 
+def test_a_loop_that_spins_tells_at_once_what_is_new_and_the_rest_now_and_then(redis_server, topic):
+    looks: list[int] = []
+
+    def load() -> dict[str, int | float | str]:
+        looks.append(len(looks))
+        return {"running": 0}
+
+    with Instance(settings_for(redis_server, topic), registration()) as instance:
+        for _ in range(1000):
+            instance.poll(1, load)
+        assert 1 <= len(looks) < 1000
+        looks.clear()
+        for i in range(100):
+            instance.poll(i % 2, load)
+        assert len(looks) >= 99
+
+
 async def test_loop_hears_of_an_output_that_cannot_be_sent(redis_server, topic):
     settings = settings_for(redis_server, topic)
     taken, refused, wake = threading.Event(), [], threading.Event()
