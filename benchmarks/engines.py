@@ -41,7 +41,7 @@ VLLM_ENV = {
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
 LARGE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
 ENGINES = {"transformers": "transformers", "llama_cpp": "xllamacpp", "vllm": "vllm"}
-TIMEOUT_S = 400.0
+TIMEOUT_S = 900.0
 
 
 def installed() -> list[str]:

@@ -20,6 +20,7 @@ from splitwise_sched.types import Request, SamplingParams
 LOADS = (0.25, 0.5, 0.8)
 PROMPT_TOKENS = (32, 256)
 NUM_OUTPUT = 24
+READY_S = 400.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ async def compare(
         for index, port in enumerate(ports):
             arguments = ("--engine", engine, "--model", str(model), "--port", str(port), *flags)
             fleet.start(f"i{index}", ("serve", *arguments, "--splitwise-role", "mixed", "--instance-name", f"i{index}"))
-        await fleet.wait_for_instances(2)
+        await fleet.wait_for_instances(2, READY_S)
         async with FrontEnd(fleet.settings) as frontend:
             await burst(frontend, "warm-up", 4)
             capacity = await burst(frontend, "capacity", max(12, count))
