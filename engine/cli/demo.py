@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,10 @@ def command(settings: DemoSettings, json_file: Path | None) -> int:
     console = Console()
     model = _model_directory(settings.model, console)
     with Fleet() as fleet:
-        return asyncio.run(_run(settings, json_file, console, fleet, model))
+        try:
+            return asyncio.run(_run(settings, json_file, console, fleet, model))
+        except asyncio.CancelledError:
+            return 128 + signal.SIGTERM
 
 
 def _model_directory(model: str | None, console: Console) -> Path:
@@ -120,6 +124,10 @@ async def _run(settings: DemoSettings, json_file: Path | None, console: Console,
     )
     from splitwise_sched.store import Store
 
+    # Whatever awaits something ends in order; an exception out of a signal handler would end the loop in its middle.
+    running = asyncio.current_task()
+    assert running is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
     port = await _start(settings, console, fleet, model)
     requests = _workload(settings, model)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client:
