@@ -14,7 +14,8 @@ from typing import Any
 
 from splitwise_sched.coalesce import Coalescer, Command
 from splitwise_sched.diagnosis import access_denied, why_unreachable
-from splitwise_sched.discovery import COMMAND_TIMEOUT_S, LinkFailed, servers_of
+from splitwise_sched.dialing import COMMAND_TIMEOUT_S, LinkFailed
+from splitwise_sched.discovery import servers_of
 from splitwise_sched.errors import Fenced, StoreUnavailable, StoreUnsuitable
 from splitwise_sched.keys import PREFILL_GROUP, Keys
 from splitwise_sched.lane import ASKING, RETRY_FIRST_S, RETRY_MAX_S, Lane

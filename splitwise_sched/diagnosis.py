@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import ssl
 
-from splitwise_sched.discovery import AccessDenied, Address, LinkFailed
+from splitwise_sched.dialing import AccessDenied, Address, LinkFailed
 from splitwise_sched.errors import ConfigError, SplitwiseError, StoreUnavailable, StoreUnsuitable
 from splitwise_sched.settings import ServerSettings
 

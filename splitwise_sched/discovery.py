@@ -1,71 +1,26 @@
-"""The only module that imports redis: finds the server that has a shard of a topic, and connects to it.
+"""Finds the server that has a shard of a topic, and connects to it.
 
-redis-py connects (addresses, TLS, login, protocol version); a Wire takes the connection over from there. What it
-raises ends here, as LinkFailed.
+A Wire takes the connection over from there. What redis-py raises ends here, and in ``dialing``, as LinkFailed: no other
+module imports redis.
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
-import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
-from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
-from redis.backoff import NoBackoff
 from redis.crc import key_slot
-from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError, RedisError
+from redis.exceptions import RedisError
 
+from splitwise_sched.dialing import DENIED, AccessDenied, Address, Dialer, LinkFailed, mapped, tls_error
 from splitwise_sched.errors import ConfigError
 from splitwise_sched.keys import Keys
 from splitwise_sched.settings import ServerSettings, split_address
 
-CONNECT_TIMEOUT_S = 3.0
-COMMAND_TIMEOUT_S = 5.0
 # For those who are only asked where the master is: another one can be asked instead.
 ASK_TIMEOUT_S = 2.0
-
-Address = tuple[str, int]
-# redis-py tells its name to servers that can be told (CLIENT SETINFO); whoever may not do that would fill the ACL log.
-_NAMELESS: dict[str, Any] = (
-    {"driver_info": None}
-    if "driver_info" in inspect.signature(AbstractConnection.__init__).parameters
-    else {"lib_name": None, "lib_version": None}
-)
-_DENIED = (AuthenticationError, AuthorizationError, NoPermissionError)
-
-
-class LinkFailed(ConnectionError):
-    """There is no connection to the server; another try may succeed.
-
-    Attributes:
-        address: who was asked.
-        tls: what TLS said, when it was that.
-        is_passing: another master is being made.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        address: Address | None = None,
-        tls: ssl.SSLError | None = None,
-        is_passing: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.address, self.tls, self.is_passing = address, tls, is_passing
-
-
-class AccessDenied(LinkFailed):
-    """The server, or the Sentinels, refuse the user or the password."""
-
-    def __init__(self, message: str, *, by_sentinel: bool = False) -> None:
-        super().__init__(message)
-        self.by_sentinel = by_sentinel
 
 
 class Servers(ABC):
@@ -81,8 +36,7 @@ class Servers(ABC):
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
-        self._options = _options(settings)
-        self._tls = _tls_options(settings)
+        self._dialer = Dialer(settings)
 
     @property
     @abstractmethod
@@ -118,9 +72,7 @@ class Servers(ABC):
 
     async def connect_to(self, address: Address, **options: Any) -> Any:
         """A connection to this very server. Raises LinkFailed."""
-        host, port = address
-        kind = SSLConnection if self._tls else Connection
-        return await _connected(kind(host=host, port=port, **{**self._options, **self._tls, **options}), address)
+        return await self._dialer.dial(address, **options)
 
 
 class OneServer(Servers):
@@ -146,7 +98,7 @@ class OneServer(Servers):
 
     async def connect(self) -> Any:
         if self._is_socket:
-            return await _connected(UnixDomainSocketConnection(path=self._host, **self._options))
+            return await self._dialer.dial_socket(self._host)
         return await super().connect()
 
 
@@ -158,19 +110,14 @@ class SentinelServers(Servers):
         assert settings.scheduler_sentinel_service is not None
         self._service = settings.scheduler_sentinel_service
         password = settings.scheduler_sentinel_password
-        tls = {"ssl": True, **self._tls} if self._tls else {}
-        self._sentinels = Sentinel(  # type: ignore[no-untyped-call]
+        self._sentinels = self._dialer.sentinels(
             [split_address(text) for text in settings.scheduler_sentinels],
-            sentinel_kwargs={
+            {
                 "username": settings.scheduler_sentinel_username,
                 "password": None if password is None else password.get_secret_value(),
-                "socket_connect_timeout": ASK_TIMEOUT_S,
-                "socket_timeout": ASK_TIMEOUT_S,
-                "retry": Retry(NoBackoff(), 0),
-                **_NAMELESS,
-                **tls,
             },
-        ).sentinels
+            ASK_TIMEOUT_S,
+        )
         self._addresses = list(settings.scheduler_sentinels)
         self._asking = asyncio.Lock()
 
@@ -192,9 +139,9 @@ class SentinelServers(Servers):
             try:
                 masters = _by_name(await sentinel.sentinel_masters())
             except (RedisError, OSError) as exc:
-                denied = denied or isinstance(exc, _DENIED)
+                denied = denied or isinstance(exc, DENIED)
                 # What TLS said tells more than that somebody else is away.
-                telling = exc if telling is None or _tls_error(telling) is None else telling
+                telling = exc if telling is None or tls_error(telling) is None else telling
                 failures.append(f"{name}: {exc}")
                 continue
             finally:
@@ -217,7 +164,7 @@ class SentinelServers(Servers):
             text += f"; what they watch: {', '.join(sorted(names))} (--scheduler-sentinel-service)"
         if denied:
             raise AccessDenied(text, by_sentinel=True)
-        tls = None if telling is None else _tls_error(telling)
+        tls = None if telling is None else tls_error(telling)
         raise LinkFailed(text, address=split_address(self._addresses[0]), tls=tls, is_passing=is_down)
 
 
@@ -287,7 +234,7 @@ class ClusterServers(Servers):
             reply: Sequence[Any] = await connection.read_response()
             return reply
         except (RedisError, OSError) as exc:
-            raise _mapped(exc, node) from exc
+            raise mapped(exc, node) from exc
         finally:
             await connection.disconnect()
 
@@ -325,81 +272,6 @@ def servers_of(settings: ServerSettings, keys: Keys) -> Servers:
     if settings.scheduler_cluster_nodes:
         return ClusterServers(settings, keys)
     return OneServer(settings)
-
-
-async def _connected(connection: Any, address: Address | None = None) -> Any:
-    try:
-        await connection.connect()
-    except (RedisError, OSError) as exc:
-        raise _mapped(exc, address) from exc
-    except BaseException:
-        if connection.is_connected:
-            connection._writer.close()
-        raise
-    return connection
-
-
-def _mapped(exc: Exception, address: Address | None) -> LinkFailed:
-    if isinstance(exc, _DENIED):
-        return AccessDenied(str(exc))
-    return LinkFailed(str(exc), address=address, tls=_tls_error(exc))
-
-
-def _tls_error(exc: BaseException) -> ssl.SSLError | None:
-    """What TLS said, somewhere among what led to ``exc``."""
-    cause: BaseException | None = exc
-    while cause is not None:
-        if isinstance(cause, ssl.SSLError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    return None
-
-
-def _options(settings: ServerSettings) -> dict[str, Any]:
-    password = settings.scheduler_password
-    return {
-        "db": settings.scheduler_db,
-        "username": settings.scheduler_username,
-        "password": None if password is None else password.get_secret_value(),
-        "decode_responses": True,
-        "socket_connect_timeout": CONNECT_TIMEOUT_S,
-        "socket_timeout": COMMAND_TIMEOUT_S,
-        "retry": Retry(NoBackoff(), 0),
-        **_NAMELESS,
-    }
-
-
-def _tls_options(settings: ServerSettings) -> dict[str, Any]:
-    """Raises ConfigError when a file cannot be used: at once, and not at every try to connect."""
-    if not settings.scheduler_tls:
-        return {}
-    ca, certificate, key = settings.scheduler_tls_ca, settings.scheduler_tls_cert, settings.scheduler_tls_key
-    context = ssl.create_default_context()
-    if ca is not None:
-        try:
-            context.load_verify_locations(ca)
-        except (OSError, ssl.SSLError) as exc:
-            raise ConfigError(f"--scheduler-tls-ca {ca} is no file with CA certificates (PEM): {exc}") from exc
-    if certificate is not None:
-        try:
-            context.load_cert_chain(certificate, key, password=_no_password)
-        except (OSError, ssl.SSLError, ValueError) as exc:
-            raise ConfigError(
-                f"--scheduler-tls-cert {certificate} and --scheduler-tls-key {key} are no certificate and its key "
-                f"(PEM, without a passphrase): {exc}"
-            ) from exc
-    return {
-        "ssl_ca_certs": None if ca is None else str(ca),
-        "ssl_certfile": None if certificate is None else str(certificate),
-        "ssl_keyfile": None if key is None else str(key),
-        "ssl_cert_reqs": "required",
-        "ssl_check_hostname": settings.scheduler_tls_check_hostname,
-    }
-
-
-def _no_password() -> str:
-    """Instead of OpenSSL's question on the terminal."""
-    raise ValueError("the key has a passphrase")
 
 
 def _by_name(masters: Any) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from splitwise_sched.coalesce import Command
-from splitwise_sched.discovery import COMMAND_TIMEOUT_S
+from splitwise_sched.dialing import COMMAND_TIMEOUT_S
 from splitwise_sched.errors import CommandRefused, Fenced, StoreUnavailable
 from splitwise_sched.link import Link
 from splitwise_sched.resp import ReplyError, pack

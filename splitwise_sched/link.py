@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from splitwise_sched.discovery import COMMAND_TIMEOUT_S, Address, LinkFailed, Servers
+from splitwise_sched.dialing import COMMAND_TIMEOUT_S, Address, LinkFailed
+from splitwise_sched.discovery import Servers
 from splitwise_sched.resp import ReplyError, pack
 from splitwise_sched.wire import Wire
 
