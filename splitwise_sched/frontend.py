@@ -158,7 +158,7 @@ class FrontEnd:
         """
         if request.sampling.seed is None and request.sampling.temperature > 0:
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
-        timeout_s = request.timeout_s or self.settings.scheduler_ttl
+        timeout_s = self.settings.scheduler_ttl if request.timeout_s is None else request.timeout_s
         deadline = time.monotonic() + timeout_s
         flow, shard = self._terms.flow(request), await self.shards.choose(request.model, request.prefer)
         preference = await self._preference(request, shard)

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from splitwise_sched.types import CLASS_PATTERN, check_id
+from splitwise_sched.types import CLASS_PATTERN, MAX_TIMEOUT_S, check_id
 
 MAX_SHARDS = 256
 
@@ -164,7 +164,7 @@ class SchedulerSettings(ServerSettings):
     scheduler_ttl: float = Field(
         default=900.0,
         gt=0,
-        le=86400,
+        le=MAX_TIMEOUT_S,
         description="Seconds until a request expires; its record stays as long again.",
     )
     scheduler_max_size: int = Field(

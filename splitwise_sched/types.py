@@ -15,6 +15,7 @@ CLASS_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,32}")
 MAX_STOP_STRINGS = 16
 MAX_PREFER = 8
 MAX_LOGPROBS = 20
+MAX_TIMEOUT_S = 86400.0
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
 
 
@@ -115,7 +116,7 @@ class Request:
         prompt_token_ids: [num_prompt_tokens]
         emitted_token_ids: output tokens that an earlier run of this request already gave to its user; the engine
             computes them as if they were prompt, and its first new token has output index ``len(emitted_token_ids)``.
-        timeout_s: from submit to the last token; the front end's default when None.
+        timeout_s: from submit to the last token, a day at most; the front end's default when None.
         priority: class of service, one of the front end's ``priority_classes``.
         tenant: inside a class, tenants share equally; "" is one of them.
         prefer: names or ids of instances that had better prefill it, best first; others take it after a while.
@@ -145,6 +146,12 @@ class Request:
         if not CLASS_PATTERN.fullmatch(self.priority):
             raise InvalidRequest(
                 f"priority is {self.priority[:80]!r}: it must be the name of a class", param="priority"
+            )
+        if self.timeout_s is not None and not 0.0 < self.timeout_s <= MAX_TIMEOUT_S:
+            raise InvalidRequest(
+                f"timeout_s is {self.timeout_s!r}: it must be above 0 and at most {MAX_TIMEOUT_S:.0f}; leave it out "
+                "for the front end's default",
+                param="timeout_s",
             )
         if not self.prompt_token_ids:
             raise InvalidRequest("the prompt has no tokens: give at least one", param="prompt")

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 
 from splitwise_sched.settings import ExplicitSettings
+from splitwise_sched.types import MAX_TIMEOUT_S
 
 
 class GatewaySettings(ExplicitSettings):
@@ -29,7 +30,7 @@ class GatewaySettings(ExplicitSettings):
         description="Output tokens of a request that does not say; fewer when the model's context is shorter.",
     )
     request_timeout_s: float | None = Field(
-        None, gt=0, le=86400, description="Seconds from a request to its last token. Left out: --scheduler-ttl."
+        None, gt=0, le=MAX_TIMEOUT_S, description="Seconds from a request to its last token. Left out: --scheduler-ttl."
     )
     shutdown_timeout_s: int = Field(
         10, ge=0, le=3600, description="Seconds that running requests have to finish after Ctrl-C or SIGTERM."

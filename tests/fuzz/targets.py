@@ -58,8 +58,9 @@ class Target:
 
 
 def body(data: bytes) -> None:
-    request = decode_request(data)
-    assert decode_request(encode_request(request)) == request
+    # Not the requests: metadata may have a NaN, which equals nothing.
+    encoded = encode_request(decode_request(data))
+    assert encode_request(decode_request(encoded)) == encoded
 
 
 def request_id(data: bytes) -> None:

@@ -38,7 +38,7 @@ requests = st.builds(
     prompt_token_ids=st.lists(token_ids, min_size=1, max_size=50).map(tuple),
     sampling=samplings,
     emitted_token_ids=st.lists(token_ids, max_size=20).map(tuple),
-    timeout_s=st.none() | st.floats(0.1, 1e6),
+    timeout_s=st.none() | st.floats(0.1, 86400),
     metadata=json_maps,
 )
 logprobs = st.floats(-100, 0)
@@ -60,6 +60,12 @@ outputs = st.builds(
 @given(requests)
 def test_request_comes_out_of_its_body_as_it_went_in(request):
     assert decode_request(encode_request(request)) == request
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1.0, 86401, float("nan"), float("inf")])
+def test_a_time_out_that_ends_at_once_or_never_is_refused(timeout_s):
+    with pytest.raises(InvalidRequest, match=f"timeout_s is {timeout_s!r}"):
+        Request("r", "m", (1,), timeout_s=timeout_s)
 
 
 @given(outputs)
