@@ -1,1 +1,1 @@
-"""llama.cpp through the C API inside the ``xllamacpp`` wheel: GGUF models, KV moved whole, a sequence at a time."""
+"""llama.cpp through the C API inside the ``xllamacpp`` wheel: GGUF models, KV moved in sealed pieces, a chunk each."""

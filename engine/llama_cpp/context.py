@@ -29,7 +29,11 @@ class Tokens:
 
 
 class Context:
-    """KV cells that all its sequences share; ``close`` before the model is freed."""
+    """KV cells that all its sequences share; ``close`` before the model is freed.
+
+    One sequence more than its callers use carries what is a part of theirs, in or out: llama.cpp has states of whole
+    sequences alone.
+    """
 
     def __init__(
         self,
@@ -45,8 +49,11 @@ class Context:
         """Raises ConfigError when llama.cpp cannot make it."""
         self._library, self._api = library, library.api
         params = self._api.llama_context_default_params()
-        params.n_ctx, params.n_seq_max, params.kv_unified = num_cells, num_sequences, True
-        params.n_batch, params.n_ubatch = max_batch, min(max_batch, MICRO_BATCH)
+        self._carrier = num_sequences
+        params.n_ctx, params.n_seq_max, params.kv_unified = num_cells, num_sequences + 1, True
+        # llama.cpp ends the process where there are fewer tokens in a batch than sequences.
+        params.n_batch = max(max_batch, num_sequences + 1)
+        params.n_ubatch = min(params.n_batch, MICRO_BATCH)
         params.n_threads = params.n_threads_batch = num_threads
         params.type_k = params.type_v = KV_TYPES[dtype]
         # With it, how V lies in a state depends on the machine.
@@ -100,21 +107,54 @@ class Context:
             for index in last
         ]
 
-    def export(self, seq_id: int) -> ByteArray:
-        """All KV of a sequence."""
-        size = self._api.llama_state_seq_get_size(self._context, seq_id)
-        state = np.empty(size, np.uint8)
-        written = self._api.llama_state_seq_get_data(self._context, state.ctypes.data, size, seq_id)
-        return state[:written]
+    def state_bytes(self, seq_id: int) -> int:
+        """Of all KV of a sequence."""
+        return int(self._api.llama_state_seq_get_size(self._context, seq_id))
 
-    def take_in(self, seq_id: int, state: ByteArray, num_tokens: int) -> bool:
-        """Make a sequence of what ``export`` gave elsewhere; False, and no sequence, when it is not taken."""
+    def export(self, seq_id: int, start: int, end: int, out: ByteArray) -> int:
+        """Copy the KV of positions ``start`` to ``end`` of a sequence, which it has, to the beginning of ``out``.
+
+        Returns:
+            Bytes written.
+        """
+        whole = start == 0 and self._last_position(seq_id) == end - 1
+        source = seq_id if whole else self._carrier
+        if not whole:
+            # Both have these cells then; nothing is copied.
+            self._api.llama_memory_seq_cp(self._memory, seq_id, source, start, end)
+        try:
+            written = int(self._api.llama_state_seq_get_data(self._context, out.ctypes.data, out.nbytes, source))
+        finally:
+            if not whole:
+                self.remove(source)
+        if written == 0:
+            raise RuntimeError(
+                f"llama.cpp gives no KV of positions {start} to {end} in {out.nbytes} bytes: "
+                f"{self._library.last_complaint() or 'it does not say why'}"
+            )
+        return written
+
+    def take_in(self, seq_id: int, start: int, end: int, state: ByteArray) -> bool:
+        """Add to a sequence, which ends at ``start``, what ``export`` gave elsewhere.
+
+        Returns:
+            False when it is not taken; the sequence is as it was then.
+        """
+        target = seq_id if start == 0 else self._carrier
         self._library.complaints.clear()
-        read = self._api.llama_state_seq_set_data(self._context, state.ctypes.data, state.nbytes, seq_id)
-        if read == state.nbytes and self._api.llama_memory_seq_pos_max(self._memory, seq_id) == num_tokens - 1:
-            return True
-        self.remove(seq_id)
-        return False
+        read = self._api.llama_state_seq_set_data(self._context, state.ctypes.data, state.nbytes, target)
+        taken = read == state.nbytes and self._last_position(target) == end - 1
+        if target != seq_id:
+            taken = taken and self._api.llama_memory_seq_pos_min(self._memory, target) == start
+            if taken:
+                self._api.llama_memory_seq_cp(self._memory, target, seq_id, -1, -1)
+            self.remove(target)
+        elif not taken:
+            self.remove(seq_id)
+        return bool(taken)
+
+    def _last_position(self, seq_id: int) -> int:
+        return int(self._api.llama_memory_seq_pos_max(self._memory, seq_id))
 
     def remove(self, seq_id: int) -> None:
         """Forget a sequence; its cells are free."""
@@ -151,7 +191,7 @@ def state_bytes(library: Library, model: int, dtype: str) -> tuple[int, int]:
         sizes = []
         for count in (1, 2, 4):
             context.forward([Tokens(0, [0] * count, 0, True)])
-            sizes.append(context.export(0).nbytes)
+            sizes.append(context.state_bytes(0))
             context.remove(0)
     per_token = sizes[1] - sizes[0]
     if per_token <= 0 or sizes[2] - sizes[1] != 2 * per_token:

@@ -1,8 +1,8 @@
 """The engine: batching as in ``engine.batching``, computing and KV in a llama.cpp context.
 
-llama.cpp keeps KV where nobody else can reach it, and gives it out a sequence at a time. So blocks of the scheduler
-are accounts here, which keep the context from overflowing, and what peers read and write are blocks of a second pool:
-a prefill run's KV is copied out when its prompt is computed, a decode run's copied in when all of it has come.
+llama.cpp keeps KV where nobody else can reach it. So blocks of the scheduler are accounts here, which keep the context
+from overflowing, and what peers read and write are blocks of a second pool: a prefill run's KV is copied out chunk by
+chunk, each a sealed piece that begins with a block, and a decode run's copied in when all of it has come.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from engine.batching.engine import BatchingEngine, Work, draw_of
 from engine.batching.sampler import choose
 from engine.batching.sequence import Sequence
 from engine.errors import KVRejected
-from engine.llama_cpp.blob import HEADER_BYTES, Unsealed, digest_of, seal, unseal
+from engine.llama_cpp.blob import HEADER_BYTES, ByteArray, Progress, Unsealed, beginning, seal, unseal
 from engine.llama_cpp.context import Context, Tokens
 from engine.llama_cpp.library import VERSION
 from engine.llama_cpp.model import LoadedModel
@@ -51,10 +51,17 @@ class LlamaCppOptions:
 
 @dataclass(slots=True)
 class _Place:
-    """Where a sequence is: its number in the context, and blocks of the pool while KV is on its way."""
+    """Where a sequence is.
+
+    Attributes:
+        seq_id: its number in the context; None when its KV has left it.
+        block_ids: of the pool, while KV is on its way.
+        sealed: how much of a prefill run's KV lies there.
+    """
 
     seq_id: int | None
     block_ids: list[int]
+    sealed: Progress
 
 
 class LlamaCppEngine(BatchingEngine):
@@ -94,6 +101,7 @@ class LlamaCppEngine(BatchingEngine):
 
     def _allocate(self, model: LoadedModel, options: LlamaCppOptions) -> None:
         fixed, per_token = model.state_bytes
+        self._beginning = beginning(model.fingerprint)
         self._half = max(num_blocks_for(options.max_model_len, options.block_size), options.num_blocks // 4)
         self._layout = KVLayout(
             engine="llama_cpp",
@@ -106,8 +114,8 @@ class LlamaCppEngine(BatchingEngine):
             num_blocks=2 * self._half,
             kv_planes=1,
             axes="none",
-            opaque_format=f"llama.cpp state of {VERSION}",
-            # What a state has beside its tokens fits, however few blocks it takes.
+            opaque_format=f"pieces of llama.cpp states of {VERSION}",
+            # What a piece has beside its tokens fits, were each block one.
             opaque_bytes=(HEADER_BYTES + fixed + per_token * options.block_size,),
         )
         try:
@@ -139,7 +147,7 @@ class LlamaCppEngine(BatchingEngine):
         if not self._seq_ids or count > self._incoming.num_free or super().reserve(key, request) is None:
             return None
         block_ids = [self._half + i for i in self._incoming.allocate(count)]
-        self._places[key] = _Place(self._seq_ids.pop(), block_ids)
+        self._places[key] = _Place(self._seq_ids.pop(), block_ids, self._beginning)
         return tuple(block_ids)
 
     def step(self) -> list[EngineEvent]:
@@ -175,7 +183,7 @@ class LlamaCppEngine(BatchingEngine):
 
     def _start(self, sequence: Sequence) -> None:
         count = num_blocks_for(len(sequence.tokens), self._spec.block_size) if sequence.mode is Mode.PREFILL else 0
-        self._places[sequence.key] = _Place(self._seq_ids.pop(), self._outgoing.allocate(count))
+        self._places[sequence.key] = _Place(self._seq_ids.pop(), self._outgoing.allocate(count), self._beginning)
 
     def _compute(self, work: Work) -> SequenceOf[tuple[Sequence, Sampled | None]]:
         assert self._context is not None
@@ -191,36 +199,51 @@ class LlamaCppEngine(BatchingEngine):
         return [(s, choose(row, draw_of(s))) for s, row in zip(finishing, logits, strict=True)]
 
     def _kv_ready(self, sequence: Sequence) -> list[EngineEvent]:
-        if sequence.num_computed < len(sequence.tokens):
-            return []
         assert self._context is not None
-        place = self._places[sequence.key]
-        assert place.seq_id is not None, "its KV is given out once"
-        state = self._context.export(place.seq_id)
-        header = seal(state, digest_of(self._layout.model, sequence.tokens), len(sequence.tokens))
-        sealed = np.zeros(len(place.block_ids) * self._layout.block_bytes, np.uint8)
-        sealed[: len(header)] = np.frombuffer(header, np.uint8)
-        sealed[len(header) : len(header) + state.nbytes] = state
-        self._blocks[place.block_ids] = sealed.reshape(len(place.block_ids), -1)
-        self._leave_context(place)
-        self._allocator.free(sequence.blocks)
-        sequence.blocks = []
-        return [BlocksReady(sequence.key, 0, tuple(place.block_ids), True)]
+        place, tokens, size = self._places[sequence.key], sequence.tokens, self._spec.block_size
+        assert place.seq_id is not None, "it computes after its KV was given out"
+        is_last = sequence.num_computed == len(tokens)
+        start = place.sealed.num_tokens
+        end = len(tokens) if is_last else sequence.num_computed // size * size
+        if end <= start or not (is_last or self._model.is_divisible):
+            return []
+        first = start // size
+        block_ids = place.block_ids[first : num_blocks_for(end, size)]
+        piece = np.zeros(len(block_ids) * self._layout.block_bytes, np.uint8)
+        written = self._context.export(place.seq_id, start, end, piece[HEADER_BYTES:])
+        after = place.sealed.after(tokens[start:end])
+        header = seal(piece[HEADER_BYTES : HEADER_BYTES + written], place.sealed, after)
+        piece[:HEADER_BYTES] = np.frombuffer(header, np.uint8)
+        self._blocks[block_ids] = piece.reshape(len(block_ids), -1)
+        place.sealed = after
+        if is_last:
+            self._leave_context(place)
+            self._allocator.free(sequence.blocks)
+            sequence.blocks = []
+        return [BlocksReady(sequence.key, first, tuple(block_ids), is_last)]
 
     def _take_in(self, sequence: Sequence) -> None:
         assert self._context is not None
         place = self._places[sequence.key]
         assert place.seq_id is not None
-        num_tokens = len(sequence.tokens)
         try:
-            sealed = self._blocks[place.block_ids].reshape(-1)
-            state = unseal(sealed, digest_of(self._layout.model, sequence.tokens), num_tokens)
+            self._take_in_pieces(place.seq_id, self._blocks[place.block_ids].reshape(-1), sequence.tokens)
         except Unsealed as exc:
+            self._context.remove(place.seq_id)
             raise KVRejected(sequence.key, str(exc)) from exc
-        if not self._context.take_in(place.seq_id, state, num_tokens):
-            why = self._model.library.last_complaint() or "it does not say why"
-            raise KVRejected(sequence.key, f"llama.cpp does not take it ({why})")
         self._free_pool_blocks(place)
+
+    def _take_in_pieces(self, seq_id: int, data: ByteArray, token_ids: SequenceOf[int]) -> None:
+        assert self._context is not None
+        size, done = self._spec.block_size, self._beginning
+        while done.num_tokens < len(token_ids):
+            if done.num_tokens % size:
+                raise Unsealed(f"a piece of it ends after {done.num_tokens} tokens, inside a block of {size}")
+            state, after = unseal(data[done.num_tokens // size * self._layout.block_bytes :], done, token_ids)
+            if not self._context.take_in(seq_id, done.num_tokens, after.num_tokens, state):
+                why = self._model.library.last_complaint() or "it does not say why"
+                raise Unsealed(f"llama.cpp does not take it ({why})")
+            done = after
 
     def _let_go(self, sequence: Sequence) -> None:
         place = self._places.pop(sequence.key, None)
@@ -251,6 +274,10 @@ class LlamaCppEngine(BatchingEngine):
         assert self._context is not None
         self._must_clear = False
         for sequence in list(self._running):
-            self._preempt(sequence)
+            if sequence.mode is Mode.PREFILL:
+                # It keeps its blocks of the pool: peers may be reading what lies in the first of them.
+                sequence.num_computed = 0
+            else:
+                self._preempt(sequence)
         self._plan = None
         self._context.clear()

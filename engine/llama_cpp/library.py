@@ -22,7 +22,8 @@ logger = logging.getLogger("engine.llama_cpp")
 PACKAGE = "xllamacpp"
 VERSION = "2026.10.11549"
 REMEDY = "pip install 'splitwise-sched[llama_cpp]'"
-MAX_SEQUENCES = 256
+# llama.cpp has one more, which carries KV in and out.
+MAX_SEQUENCES = 255
 FLASH_ATTENTION_OFF = 0
 _ERROR_LEVEL, _WARNING_LEVEL = 4, 3
 
@@ -164,6 +165,7 @@ _FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_model_free": (None, (_p,)),
     "llama_model_get_vocab": (_p, (_p,)),
     "llama_model_n_ctx_train": (_i32, (_p,)),
+    "llama_model_n_swa": (_i32, (_p,)),
     "llama_model_is_recurrent": (c.c_bool, (_p,)),
     "llama_model_is_hybrid": (c.c_bool, (_p,)),
     "llama_model_has_encoder": (c.c_bool, (_p,)),
@@ -173,6 +175,8 @@ _FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_get_memory": (_p, (_p,)),
     "llama_memory_clear": (None, (_p, c.c_bool)),
     "llama_memory_seq_rm": (c.c_bool, (_p, _i32, _i32, _i32)),
+    "llama_memory_seq_cp": (None, (_p, _i32, _i32, _i32, _i32)),
+    "llama_memory_seq_pos_min": (_i32, (_p, _i32)),
     "llama_memory_seq_pos_max": (_i32, (_p, _i32)),
     "llama_decode": (_i32, (_p, Batch)),
     "llama_get_logits_ith": (c.POINTER(c.c_float), (_p, _i32)),

@@ -19,6 +19,8 @@ class LoadedModel:
         handle: the C library's own.
         max_len: positions that it was made for.
         state_bytes: of one sequence: fixed, and a token.
+        is_divisible: whether KV of a part of a sequence can be moved by itself. Layers with a sliding window give up
+            cells that no later token looks at, so that a part may lack some which the whole does not need.
     """
 
     def __init__(self, library: Library, files: Sequence[Path], dtype: str) -> None:
@@ -37,6 +39,7 @@ class LoadedModel:
             self.fingerprint = fingerprint(list(files))
             self.vocabulary = Vocabulary(library, self.handle)
             self.max_len = int(library.api.llama_model_n_ctx_train(self.handle))
+            self.is_divisible = library.api.llama_model_n_swa(self.handle) == 0
             self.state_bytes = state_bytes(library, self.handle, dtype)
         except BaseException:
             self.close()

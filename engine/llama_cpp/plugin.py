@@ -67,7 +67,7 @@ def _check(settings: EngineSettings) -> None:
     if settings.device != "cpu":
         raise ConfigError(f"--device {settings.device}: the llama_cpp engine runs on the cpu alone")
     if settings.max_num_seqs > MAX_SEQUENCES:
-        raise ConfigError(f"--max-num-seqs {settings.max_num_seqs}: llama.cpp takes {MAX_SEQUENCES} at most")
+        raise ConfigError(f"--max-num-seqs {settings.max_num_seqs}: llama.cpp has room for {MAX_SEQUENCES} at most")
     if settings.max_num_batched_tokens < settings.max_num_seqs:
         raise ConfigError(
             f"--max-num-batched-tokens {settings.max_num_batched_tokens} is less than --max-num-seqs "

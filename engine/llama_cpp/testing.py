@@ -11,13 +11,16 @@ import numpy as np
 from safetensors.numpy import load_file
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# llama.cpp looks its activation up in a table of half precision, so that its tokens are not those of transformers.
+SLIDING_WINDOW_ARCHITECTURE = "gemma2"
 _NORMAL_TOKEN, _CONTROL_TOKEN = 1, 3
 
 
 def make_tiny_gguf(model_dir: Path, path: Path | None = None) -> Path:
-    """Write the model of a directory that ``make_tiny_model`` made, of one of ``ARCHITECTURES``, as float32 GGUF.
+    """Write the model of a directory that ``make_tiny_model`` made as float32 GGUF.
 
     Args:
+        model_dir: of one of ``ARCHITECTURES``; or of ``SLIDING_WINDOW_ARCHITECTURE``, with tied embeddings.
         path: of the file; ``model.gguf`` in the directory when None.
     """
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
@@ -33,6 +36,8 @@ def make_tiny_gguf(model_dir: Path, path: Path | None = None) -> Path:
             data = _interleave(data, config["num_attention_heads"])
         elif arch == "llama" and "k_proj" in name:
             data = _interleave(data, config["num_key_value_heads"])
+        elif arch == "gemma2" and name.endswith("norm.weight"):
+            data = data + 1
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(data))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -55,6 +60,10 @@ def _add_shape(writer: Any, config: dict[str, Any]) -> None:
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
+    if config["model_type"] == "gemma2":
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
 
 
 def _add_tokenizer(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any]) -> None:

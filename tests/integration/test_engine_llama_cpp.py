@@ -17,10 +17,10 @@ pytest.importorskip("xllamacpp")
 
 from engine.errors import KVRejected
 from engine.llama_cpp import library
-from engine.llama_cpp.blob import HEADER_BYTES, digest_of, seal, unseal
+from engine.llama_cpp.blob import HEADER_BYTES, beginning, seal, unseal
 from engine.llama_cpp.engine import LlamaCppEngine
 from engine.llama_cpp.plugin import LlamaCppPlugin
-from engine.llama_cpp.testing import make_tiny_gguf
+from engine.llama_cpp.testing import SLIDING_WINDOW_ARCHITECTURE, make_tiny_gguf
 from engine.port import BlocksReady, EngineDriver, Mode, TokensOut
 from engine.settings import EngineSettings
 from engine.testing import make_tiny_model
@@ -29,7 +29,7 @@ from kv_transfer.layout import check_compatible
 from splitwise_sched.errors import ConfigError, InvalidRequest
 from splitwise_sched.tokenizer import Tokenizer
 from splitwise_sched.types import FinishReason, Request, Role
-from tests.engine_drivers import greedy, random_prompt, run
+from tests.engine_drivers import greedy, random_prompt, run, run_disaggregated
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +78,21 @@ def send(source: EngineDriver, target: EngineDriver, request: Request) -> tuple[
     while source.has_work():
         for event in source.step():
             if isinstance(event, BlocksReady):
-                target.kv_pools[0].as_array()[list(reserved)] = source.kv_pools[0].as_array()[list(event.block_ids)]
+                places = list(reserved)[event.first_index : event.first_index + len(event.block_ids)]
+                target.kv_pools[0].as_array()[places] = source.kv_pools[0].as_array()[list(event.block_ids)]
             else:
                 first = event
     source.release(key)
     assert first is not None
     return first, list(reserved)
+
+
+def cells_in_use(engine: LlamaCppEngine) -> int:
+    """Of all sequences, the one that carries KV in and out with them."""
+    fixed, per_token = engine._model.state_bytes
+    assert engine._context is not None
+    sizes = [engine._context.state_bytes(seq_id) for seq_id in range(engine.spec.max_num_seqs + 1)]
+    return sum(max(0, size - fixed) for size in sizes) // per_token
 
 
 def finish(engine: EngineDriver, first: TokensOut) -> list[int]:
@@ -103,22 +112,119 @@ def flip_one_bit(blocks: np.ndarray) -> np.ndarray:
     return blocks
 
 
+def flip_one_bit_at_the_end(blocks: np.ndarray) -> np.ndarray:
+    blocks[-2, blocks.shape[1] // 2] ^= 1
+    return blocks
+
+
 def swap(blocks: np.ndarray) -> np.ndarray:
     return blocks[[1, 0, *range(2, len(blocks))]]
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_one_bit, swap, np.zeros_like])
+# Pieces are of two blocks: a step has 32 tokens.
+def swap_pieces(blocks: np.ndarray) -> np.ndarray:
+    return blocks[[2, 3, 0, 1, *range(4, len(blocks))]]
+
+
+def double_a_piece(blocks: np.ndarray) -> np.ndarray:
+    return blocks[[0, 1, 0, 1, *range(4, len(blocks))]]
+
+
+def skip_a_piece(blocks: np.ndarray) -> np.ndarray:
+    return blocks[[0, 1, *range(4, len(blocks)), 0, 0]]
+
+
+DAMAGES = (truncate, flip_one_bit, flip_one_bit_at_the_end, swap, swap_pieces, double_a_piece, skip_a_piece,
+           np.zeros_like)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_kv_is_refused_and_the_request_computed_again(engine, other, damage) -> None:
-    request = greedy(random_prompt(60))
+    request = greedy(random_prompt(90))
     first, reserved = send(engine, other, request)
     pool = other.kv_pools[0].as_array()
     pool[reserved] = damage(pool[reserved].copy())
-    with pytest.raises(KVRejected, match="r60"):
-        other.commit("r60", first)
-    other.abort("r60")
+    with pytest.raises(KVRejected, match="r90"):
+        other.commit("r90", first)
+    other.abort("r90")
+    assert cells_in_use(other) == 0, "what was taken in before the damage was seen is given back"
     again, _ = send(engine, other, request)
-    other.commit("r60", again)
-    assert finish(other, again) == run(engine, [request])["r60"].tokens
+    other.commit("r90", again)
+    assert finish(other, again) == run(engine, [request])["r90"].tokens
+
+
+@pytest.mark.parametrize("tokens_a_step", [8, 16, 20, 32, 50, 128])
+def test_kv_goes_out_while_later_chunks_compute(model, engine, other, tokens_a_step) -> None:
+    """A piece a step, of the whole blocks that it has made complete; decode need not know how long they are."""
+    source = engine_on(model, Role.PREFILL, max_num_batched_tokens=tokens_a_step)
+    try:
+        request = greedy(random_prompt(100))
+        source.submit("r100", request, Mode.PREFILL)
+        seen = []
+        while source.has_work():
+            seen.append([len(e.block_ids) for e in source.step() if isinstance(e, BlocksReady)])
+        source.release("r100")
+        computed = [min(100, (i + 1) * tokens_a_step) for i in range(len(seen))]
+        complete = [7 if end == 100 else end // 16 for end in computed]
+        new = [after - before for before, after in zip([0, *complete], complete, strict=False)]
+        assert seen == [[count] if count else [] for count in new]
+        first, _ = send(source, other, request)
+        other.commit("r100", first)
+        assert finish(other, first) == run(engine, [request])["r100"].tokens
+        assert source.load().num_free_blocks == source.spec.num_blocks
+        assert cells_in_use(source) == 0
+    finally:
+        source.close()
+
+
+def test_model_with_sliding_windows_is_sent_whole(tmp_path: Path) -> None:
+    """Its layers reuse cells that have left the window, so that a chunk by itself may lack some of its own."""
+    shape = {"tie_word_embeddings": True, "query_pre_attn_scalar": 32, "initializer_range": 0.01}
+    path = make_tiny_gguf(make_tiny_model(SLIDING_WINDOW_ARCHITECTURE, tmp_path, **shape))
+    requests = [greedy(random_prompt(length)) for length in (1, 20, 33, 70, 300)]
+    prefill, decode = engine_on(path, Role.PREFILL), engine_on(path, Role.DECODE)
+    try:
+        expected = {key: result.tokens for key, result in run(prefill, requests).items()}
+        assert len({token for tokens in expected.values() for token in tokens}) > 12, "too uniform to tell anything"
+        results, _ = run_disaggregated(prefill, decode, requests)
+        assert {key: result.tokens for key, result in results.items()} == expected
+        prefill.submit("whole", requests[-1], Mode.PREFILL)
+        sent = []
+        while prefill.has_work():
+            sent += [e for e in prefill.step() if isinstance(e, BlocksReady)]
+        assert [(e.first_index, len(e.block_ids), e.is_last) for e in sent] == [(0, 19, True)]
+        prefill.release("whole")
+    finally:
+        prefill.close()
+        decode.close()
+
+
+def test_cleared_context_leaves_alone_what_a_prefill_has_given_out(engine, other) -> None:
+    """The context is cleared between the chunks of a prompt: its first blocks may be on their way by then."""
+    request = greedy(random_prompt(90))
+    expected = run(other, [request])["r90"].tokens
+    reserved = other.reserve("r90", request)
+    assert reserved is not None
+    pools = [e.kv_pools[0].as_array() for e in (engine, other)]
+    engine.submit("r90", request, Mode.PREFILL)
+    indices, given, first = [], {}, None
+    for turn in range(20):
+        if turn == 1:
+            engine._must_clear = True
+        for event in engine.step():
+            if isinstance(event, TokensOut):
+                first = event
+                continue
+            for index, block_id in enumerate(event.block_ids, event.first_index):
+                indices.append(index)
+                given[block_id] = pools[0][block_id].copy()
+                pools[1][reserved[index]] = given[block_id]
+    assert indices == list(range(6))
+    assert all((pools[0][block_id] == data).all() for block_id, data in given.items())
+    engine.release("r90")
+    assert first is not None
+    other.commit("r90", first)
+    assert finish(other, first) == expected
 
 
 def test_kv_of_another_request_is_refused(engine, other) -> None:
@@ -140,11 +246,11 @@ def test_sealed_state_that_llama_cpp_itself_does_not_take_is_refused(engine, oth
     request = greedy(random_prompt(20))
     first, reserved = send(engine, other, request)
     pool = other.kv_pools[0].as_array()
-    digest = digest_of(other.kv_layout.model, request.prompt_token_ids)
+    before = beginning(other.kv_layout.model)
     forged = pool[reserved].reshape(-1)
-    state = unseal(forged.copy(), digest, 20)
+    state, after = unseal(forged.copy(), before, request.prompt_token_ids)
     state[16:40] = 0xFF
-    forged[:HEADER_BYTES] = np.frombuffer(seal(state, digest, 20), np.uint8)
+    forged[:HEADER_BYTES] = np.frombuffer(seal(state, before, after), np.uint8)
     forged[HEADER_BYTES : HEADER_BYTES + len(state)] = state
     pool[reserved] = forged.reshape(len(reserved), -1)
     with pytest.raises(KVRejected, match=r"llama\.cpp does not take it"):
@@ -180,11 +286,11 @@ def test_context_with_kv_that_is_not_a_number_is_cleared_before_the_next_request
     expected = run(engine, [good])["good"]
     first, reserved = send(engine, other, bad)
     pool = other.kv_pools[0].as_array()
-    digest = digest_of(other.kv_layout.model, bad.prompt_token_ids)
     sealed = pool[reserved].reshape(-1)
-    state = unseal(sealed.copy(), digest, 60)
+    before = beginning(other.kv_layout.model)
+    state, middle = unseal(sealed.copy(), before, bad.prompt_token_ids)
     state[-2000:].view(np.float32)[:] = np.nan
-    sealed[:HEADER_BYTES] = np.frombuffer(seal(state, digest, 60), np.uint8)
+    sealed[:HEADER_BYTES] = np.frombuffer(seal(state, before, middle), np.uint8)
     sealed[HEADER_BYTES : HEADER_BYTES + len(state)] = state
     pool[reserved] = sealed.reshape(len(reserved), -1)
     other.commit("bad", first)
@@ -258,7 +364,7 @@ def test_model_file_that_cannot_be_served_is_refused(model: Path, tmp_path: Path
     ("fields", "message"),
     [
         ({"device": "cuda"}, "cpu alone"),
-        ({"max_num_seqs": 300, "max_num_batched_tokens": 512}, "256 at most"),
+        ({"max_num_seqs": 256, "max_num_batched_tokens": 512}, "255 at most"),
         ({"max_num_seqs": 64}, "each sequence needs a token"),
         ({"max_model_len": 4096}, "made for 2048"),
         ({"max_model_len": 2000}, "holds 1024"),
