@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import socket
-import time
-from contextlib import ExitStack, closing
+from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from engine.plugins import ServicePlugin
 from engine.settings import EngineSettings, InstanceSettings, TransferSettings
+from engine.vllm.hosting import host, local_dir
+from engine.vllm.instance import VllmInstance
 from engine.vllm.versions import check_version
 from splitwise_sched.embedded import scheduler_server
 from splitwise_sched.errors import ConfigError
 from splitwise_sched.settings import SchedulerSettings
-from splitwise_sched.types import Role
-
-if TYPE_CHECKING:
-    from engine.vllm.service import VllmService
 
 CPU_BLOCK_SIZE = 32
 
@@ -39,9 +32,8 @@ class VllmPlugin(ServicePlugin):
     ) -> None:
         check_version(installed_version())
         args = engine_args(engine)
-        with ExitStack() as stack:
-            scheduler = stack.enter_context(scheduler_server(scheduler))
-            asyncio.run(_serve(engine, args, instance, transfer, scheduler))
+        with scheduler_server(scheduler) as found:
+            asyncio.run(_serve(engine, args, instance, transfer, found))
 
 
 def installed_version() -> str:
@@ -97,11 +89,6 @@ def _parsed(text: str | None) -> dict[str, Any]:
     return parsed
 
 
-def _local_dir(model: str) -> str:
-    path = Path(model)
-    return str(path.resolve()) if path.is_dir() else ""
-
-
 async def _serve(
     engine: EngineSettings,
     args: dict[str, Any],
@@ -109,85 +96,25 @@ async def _serve(
     transfer: TransferSettings,
     scheduler: SchedulerSettings,
 ) -> None:
-    from engine.instance_http import InstanceHttp
     from engine.vllm.service import ServiceOptions, VllmService
     from kv_transfer.transports.registry import load_transports
-    from splitwise_sched.connection import check
 
-    loop, role, transfer_options = asyncio.get_running_loop(), instance.splitwise_role, transfer.options()
-    status: dict[str, Any] = {"topic": scheduler.scheduler_topic, "lease_s": scheduler.instance_lease_s}
+    options = transfer.options()
 
-    def change_role(role: Role) -> None:
-        service: VllmService = status["service"]
-        asyncio.run_coroutine_threadsafe(service.change_role(role, instance.drain_timeout_s), loop)
-
-    with ExitStack() as stack:
-        ports = []
-        if instance.port is not None:
-            http = InstanceHttp(instance.host, instance.port, lambda: _status(status), change_role=change_role)
-            ports.append(stack.enter_context(closing(http)))
-        if instance.metrics_port is not None:
-            http = InstanceHttp(instance.host, instance.metrics_port, lambda: _status(status), metrics_only=True)
-            ports.append(stack.enter_context(closing(http)))
-        # What can be wrong is found before the model is loaded, which may take minutes.
-        await check(scheduler)
-        load_transports(transfer_options.protocols)
+    def make(details: Mapping[str, str]) -> VllmInstance:
+        load_transports(options.protocols)
         click.echo(f"loading {engine.model} ...", err=True)
-        details = {
-            "engine": "vllm",
-            "host": socket.gethostname(),
-            "pid": str(os.getpid()),
-            "address": f"{instance.host}:{ports[0].port}" if ports else "",
-            "tokenizer": _local_dir(engine.model),
-        }
-        options = ServiceOptions(
-            instance.name, role, args, transfer_options, max_waiting_tokens=instance.max_waiting_tokens, details=details
+        details = {**details, "tokenizer": local_dir(engine.model)}
+        return VllmService(
+            scheduler,
+            ServiceOptions(
+                instance.name,
+                instance.splitwise_role,
+                args,
+                options,
+                max_waiting_tokens=instance.max_waiting_tokens,
+                details=details,
+            ),
         )
-        service = VllmService(scheduler, options)
-        try:
-            await service.start()
-            status["service"] = service
-            _end_on_signals(service, instance.drain_timeout_s)
-            for port in ports:
-                port.start()
-            click.echo(
-                f"{role.value} instance {service.session.instance_id} serves {service.model!r} on topic "
-                f"{scheduler.scheduler_topic!r} through {service.server}; vLLM {installed_version()}, transports "
-                f"{', '.join(transfer_options.protocols)}"
-                + "".join(f"; http://{instance.host}:{port.port}" for port in ports)
-            )
-            await service.run()
-        finally:
-            num_held = service.session.num_held if "service" in status else 0
-            await service.close()
-    click.echo(f"stopped; {num_held} requests that it held are back in the queue", err=True)
 
-
-def _end_on_signals(service: VllmService, drain_timeout_s: float) -> None:
-    """The first SIGTERM or Ctrl-C drains the instance; a second one ends it at once, and its work goes back."""
-    seen: list[int] = []
-
-    def on_signal(number: int) -> None:
-        if seen:
-            service.stop()
-        else:
-            seen.append(number)
-            service.drain(drain_timeout_s)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
-
-
-def _status(source: dict[str, Any]) -> dict[str, Any]:
-    service: VllmService = source["service"]
-    heard_s = time.monotonic() - service.heard_at
-    return {
-        "healthy": heard_s < source["lease_s"],
-        "instance_id": service.session.instance_id,
-        "role": service.role.value,
-        "model": service.model,
-        "topic": source["topic"],
-        "went_round_s": round(heard_s, 3),
-        "load": service.load(),
-        "totals": {name: getattr(service.stats, name) for name in service.stats.__slots__},
-    }
+    await host(make, instance, scheduler, f"vLLM {installed_version()}, transports {', '.join(options.protocols)}")

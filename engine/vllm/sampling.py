@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vllm import SamplingParams as VllmSamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from splitwise_sched.types import FinishReason, Output, Request, TokenLogprob
+from engine.vllm.parts import Part
+from splitwise_sched.types import Request, TokenLogprob
 
-FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
-
-def sampling_of(request: Request, max_tokens: int, transfer: dict[str, Any] | None) -> VllmSamplingParams:
+def sampling_of(request: Request, max_tokens: int, transfer: Mapping[str, Any] | None) -> VllmSamplingParams:
     """
     Args:
         max_tokens: of this run.
@@ -30,26 +30,24 @@ def sampling_of(request: Request, max_tokens: int, transfer: dict[str, Any] | No
         ignore_eos=s.ignore_eos,
         logprobs=s.logprobs,
         output_kind=RequestOutputKind.DELTA,
-        extra_args=None if transfer is None else {"kv_transfer_params": transfer},
+        # vLLM's connector writes into it.
+        extra_args=None if transfer is None else {"kv_transfer_params": dict(transfer)},
     )
 
 
-def output_of(request: Request, epoch: int, index: int, part: Any, stats: dict[str, Any] | None) -> Output:
+def part_of(result: Any) -> Part:
     """
     Args:
-        part: vLLM's CompletionOutput, with what is new in it.
-        index: output position of its first token.
+        result: vLLM's RequestOutput, with what is new in it.
     """
-    finish = FINISH.get(part.finish_reason, FinishReason.ERROR) if part.finish_reason is not None else None
-    return Output(
-        request_id=request.request_id,
-        epoch=epoch,
-        index=index,
+    part = result.outputs[0]
+    return Part(
         token_ids=tuple(part.token_ids),
         logprobs=tuple(map(_logprob, part.token_ids, part.logprobs)) if part.logprobs else (),
-        finish_reason=finish,
+        finish_reason=part.finish_reason,
         stop_reason=part.stop_reason,
-        stats=stats if finish is not None else None,
+        num_cached_tokens=result.num_cached_tokens or 0,
+        transfer=result.kv_transfer_params,
     )
 
 
