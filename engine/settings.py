@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 
@@ -80,6 +81,43 @@ class EngineSettings(ExplicitSettings):
     engine_args: str | None = Field(
         None, description="JSON object of further arguments, for an engine with flags of its own (vllm)."
     )
+
+
+class AttachSettings(ExplicitSettings):
+    """A ``vllm serve`` that somebody else starts, with this project's connector."""
+
+    vllm_url: str = Field(description="Where it listens, such as http://127.0.0.1:8001.")
+    vllm_api_key: SecretStr | None = Field(None, description="Its --api-key; better in the environment than as a flag.")
+    served_model_name: str | None = Field(
+        None, description="Name that requests ask for, one that it serves. Left out: the first of those."
+    )
+    max_num_seqs: int = Field(
+        256,
+        ge=1,
+        description="Requests that it decodes at a time, at most: its own --max-num-seqs, which it does not tell.",
+    )
+    vllm_start_timeout_s: float = Field(
+        1800.0, ge=1, le=86400, description="How long to wait for it, at start and when it is gone."
+    )
+
+    @field_validator("vllm_url")
+    @classmethod
+    def _is_plain_url(cls, value: str) -> str:
+        return check_base_url(value)
+
+
+def check_base_url(text: str) -> str:
+    """``text``, when it is an address that paths can be put after. Raises ValueError."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as exc:
+        raise ValueError("it is no URL: give one such as http://127.0.0.1:8001") from exc
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("it has a user or a password in it: give the key with SPLITWISE_VLLM_API_KEY")
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or parts.query or parts.fragment:
+        raise ValueError("it is no http or https URL without a query: give one such as http://127.0.0.1:8001")
+    return text.rstrip("/")
 
 
 class TransferSettings(ExplicitSettings):

@@ -174,15 +174,19 @@ class VllmInstance(ABC):
         self._ended.set()
 
     async def _drained(self) -> None:
-        await self.session.drain()
-        await self.session.until_empty()
+        if self._session is None:
+            return
+        await self._session.drain()
+        await self._session.until_empty()
         while self._runs:
             await asyncio.wait(list(self._runs.values()))
 
+    def _has_room(self) -> bool:
+        return self._waiting_tokens < self._max_waiting_tokens
+
     def _make_room(self) -> None:
         if self._session is not None:
-            is_full = self._waiting_tokens >= self._max_waiting_tokens
-            self._session.set_room(0 if is_full else CLAIM_AT_ONCE)
+            self._session.set_room(CLAIM_AT_ONCE if self._has_room() else 0)
 
     # ---- events --------------------------------------------------------------------------------------------------
 

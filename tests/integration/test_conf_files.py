@@ -30,6 +30,7 @@ USER, PASSWORD, TOPIC = "splitwise", "change-me", "default"
 VERBS = {
     "scheduler.env": "redis", "tls.env": "redis", "sentinel.env": "redis", "cluster.env": "redis",
     "gateway.env": "gateway", "prefill.env": "serve", "decode.env": "serve",
+    "attach.env": "attach",
 }  # fmt: skip
 # They show the scheduler's settings; a file of its own for what not everybody has.
 SCHEDULER_FILES = ("scheduler.env", "tls.env", "sentinel.env", "cluster.env")
