@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 
+from splitwise_sched import sync
 from splitwise_sched.errors import ConfigError, IncompatibleInstance, InvalidRequest, StoreUnavailable
 from splitwise_sched.frontend import FrontEnd
+from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.records import DecodeAssigned, Dropped, LeaseLost, PrefillAssigned, Registration
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.sync import Instance
@@ -173,6 +177,65 @@ def test_a_loop_that_spins_tells_at_once_what_is_new_and_the_rest_now_and_then(r
         for i in range(100):
             instance.poll(i % 2, load)
         assert len(looks) >= 99
+
+
+class Streaming:
+    """A request that an instance without a loop has in hand; ``woken`` counts how often its I/O thread was."""
+
+    def __init__(self, instance: Instance, stream: OutputStream) -> None:
+        self.instance, self.stream, self.woken = instance, stream, 0
+        call = instance._loop.call_soon_threadsafe
+
+        def count(*args):
+            self.woken += 1
+            return call(*args)
+
+        instance._loop.call_soon_threadsafe = count
+
+    def publish(self, index: int, finish: FinishReason | None = None) -> None:
+        self.instance.publish([Output("r0", 1, index, (index,), finish_reason=finish)])
+
+    async def has(self, count: int) -> None:
+        while len(self.stream.assembly.token_ids) < count:
+            await asyncio.wait_for(anext(self.stream), 10)
+        assert self.stream.assembly.token_ids == list(range(count))
+
+
+@asynccontextmanager
+async def streaming(settings: SchedulerSettings) -> AsyncIterator[Streaming]:
+    wake = threading.Event()
+    async with FrontEnd(settings) as frontend:
+        stream = await frontend.submit(Request("r0", "toy", (7,), SamplingParams(max_tokens=100)))
+        with Instance(settings, registration(), on_event=wake.set) as instance:
+            while not instance.poll(1, {}):
+                await asyncio.to_thread(wake.wait, 0.05)
+                wake.clear()
+            yield Streaming(instance, stream)
+
+
+async def test_tokens_arrive_though_the_loop_says_nothing_more(redis_server, topic):
+    """Nobody is woken for those that come soon after others: the I/O thread looks again by itself."""
+    async with streaming(settings_for(redis_server, topic)) as request:
+        for count in range(5, 101, 5):
+            for index in range(count - 5, count):
+                request.publish(index, FinishReason.LENGTH if index == 99 else None)
+            await request.has(count)
+
+
+async def test_first_and_last_token_wake_the_io_thread_and_those_between_ride_with_others(
+    redis_server, topic, monkeypatch
+):
+    monkeypatch.setattr(sync, "LOOK_AGAIN_S", 3600)
+    async with streaming(settings_for(redis_server, topic)) as request:
+        request.publish(0)
+        await request.has(1)
+        woken = request.woken
+        for index in range(1, 9):
+            request.publish(index)
+        assert request.woken == woken
+        request.publish(9, FinishReason.LENGTH)
+        assert request.woken == woken + 1
+        await request.has(10)
 
 
 async def test_loop_hears_of_an_output_that_cannot_be_sent(redis_server, topic):
