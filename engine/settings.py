@@ -188,6 +188,11 @@ class TransferSettings(ExplicitSettings):
         json_schema_extra=also_known_as("KVCACHE_SOCKET_IFNAME"),
     )
     rdma_queue_pairs: int = Field(2, ge=1, le=64, description="RDMA queue pairs to one peer.")
+    rdma_mode: Literal["read", "write"] = Field(
+        "read",
+        description="How KV gets here by RDMA: this instance reads it out of prefill's memory, or has prefill write it "
+        "into its own. Each decode instance chooses; prefill serves both.",
+    )
 
     def options(self, num_ranks: int = 1) -> TransferOptions:
         """
@@ -241,4 +246,5 @@ class TransferSettings(ExplicitSettings):
             timeout_exponent=self.ib_timeout,
             relaxed_ordering=self.relax_ordering,
             queue_pairs=self.rdma_queue_pairs,
+            mode=self.rdma_mode,
         )

@@ -9,6 +9,7 @@ from kv_transfer.checksums import NONE, load_digest
 from kv_transfer.errors import InvalidOptions
 
 HOST_PATTERN = re.compile(r"[A-Za-z0-9._:%-]{1,253}")
+RDMA_MODES = ("read", "write")
 CUDA_PATHS = ("auto", "kernel", "copies", "batch")
 PROTOCOL_PATTERN = re.compile(r"[a-z0-9_]{1,32}")
 
@@ -25,9 +26,11 @@ class RdmaOptions:
         timeout_exponent: the device waits 4.096 µs times two to the power of this for an answer, eight times.
         relaxed_ordering: let the NIC write to memory out of order; faster on some hosts.
         queue_pairs: to one peer.
-        queue_depth: reads posted on one queue pair, at most.
-        max_pieces: local stretches that one read is scattered over, at most.
-        max_read_bytes: of one read.
+        queue_depth: reads or writes posted on one queue pair, at most.
+        max_pieces: local stretches that one read is scattered over, or one write gathered from, at most.
+        max_read_bytes: of one read or write.
+        mode: ``read``: this rank reads blocks out of a source's pool; ``write``: it has the source write them into its
+            own. What a rank sends goes as its destination has it.
     """
 
     nics: tuple[str, ...] = ()
@@ -40,6 +43,7 @@ class RdmaOptions:
     queue_depth: int = 256
     max_pieces: int = 16
     max_read_bytes: int = 1 << 20
+    mode: str = "read"
 
     def __post_init__(self) -> None:
         limits: tuple[tuple[str, int | None, int, int], ...] = (
@@ -55,6 +59,8 @@ class RdmaOptions:
         for option, value, low, high in limits:
             if value is not None and not low <= value <= high:
                 raise InvalidOptions(f"rdma.{option}", f"is {value!r}: it must be from {low} to {high}")
+        if self.mode not in RDMA_MODES:
+            raise InvalidOptions("rdma.mode", f"is {self.mode!r}: known are {', '.join(RDMA_MODES)}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kv_transfer.errors import InvalidOptions
-from kv_transfer.options import TransferOptions, parse_protocols
+from kv_transfer.options import CudaOptions, RdmaOptions, TransferOptions, parse_protocols
 from splitwise_sched.errors import ConfigError
 
 TRANSFER_NAMES = {f.name for f in fields(TransferOptions)}
@@ -49,6 +49,20 @@ class ConnectorOptions:
         elif isinstance(protocols, list):
             values["protocols"] = tuple(map(str, protocols))
         try:
+            for name, kind in (("rdma", RdmaOptions), ("cuda", CudaOptions)):
+                if name in values:
+                    values[name] = _nested(name, values[name], kind)
             return cls(TransferOptions(**values), float(timeout), directory)
         except (InvalidOptions, TypeError) as exc:
             raise ConfigError(f"kv_connector_extra_config: {exc}") from exc
+
+
+def _nested(name: str, raw: object, kind: type[RdmaOptions] | type[CudaOptions]) -> RdmaOptions | CudaOptions:
+    """Raises ConfigError; InvalidOptions or TypeError for what is in it."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"kv_connector_extra_config: {name} is {raw!r}: give an object")
+    known = sorted(f.name for f in fields(kind))
+    if unknown := sorted(raw.keys() - set(known)):
+        raise ConfigError(f"kv_connector_extra_config: {name} has {unknown[0]!r}: known are {', '.join(known)}")
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+    return kind(**values)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from engine.handover import Handover, MalformedHandover
 from kv_transfer.endpoint import endpoints_from_text
 from kv_transfer.errors import KVTransferError
+from kv_transfer.transports.rdma import orders, wire
 from splitwise_sched.assembly import Assembly
 from splitwise_sched.codec import decode_request, encode_request
 from splitwise_sched.configuration import load
@@ -100,6 +103,30 @@ def flags(data: bytes) -> None:
     load([SchedulerSettings, GatewaySettings], flags=dict(zip(names, values, strict=False)), environ={})
 
 
+def rdma_request(data: bytes) -> None:
+    """As a source reads it off a connection, head by head."""
+    token, head = wire.unpack_preface(_cut(data, 0, wire.PREFACE_BYTES)), _cut(data, wire.PREFACE_BYTES, _HEAD_END)
+    rest = _cut(data, _HEAD_END, _HEAD_END + wire.request_rest_bytes(head))
+    request = wire.unpack_request(head, rest)
+    assert len(wire.pack_request(token, request)) == _HEAD_END + len(rest)
+
+
+def rdma_order(data: bytes) -> None:
+    head = _cut(data, 0, orders.HEAD_BYTES)
+    ids = _cut(data, orders.HEAD_BYTES, orders.HEAD_BYTES + orders.ids_bytes(head))
+    number, lane, order = orders.unpack_order(head, ids)
+    assert orders.pack_order(number, lane, order) == head + ids
+
+
+def _cut(data: bytes, begin: int, end: int) -> bytes:
+    if len(data) < end:
+        raise EOFError("the connection has ended")
+    return data[begin:end]
+
+
+_HEAD_END = wire.PREFACE_BYTES + wire.REQUEST_HEAD_BYTES
+_PORT = wire.PortAddress(bytes(16), 0, 5, 16, True)
+_IDS = np.arange(3)
 TARGETS: dict[str, Target] = {
     "body": Target(body, (InvalidRequest,), (encode_request(REQUEST),)),
     "request_id": Target(request_id, (InvalidRequest,), (b"a-b:1",)),
@@ -125,6 +152,25 @@ TARGETS: dict[str, Target] = {
         lambda data: parse_call(ChatCall, data),
         (ApiError,),
         (b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4}',),
+    ),
+    "rdma_request": Target(
+        rdma_request,
+        (wire.BadHandshake, wire.OtherVersion, EOFError),
+        (
+            wire.pack_request(bytes(16), wire.Request(_PORT, wire.MODE_READ, 0, [wire.PairAddress(1, 2)], [])),
+            wire.pack_request(
+                bytes(16),
+                wire.Request(_PORT, wire.MODE_WRITE, 4, [wire.PairAddress(1, 2)] * 2, [wire.RemoteRegion(9, 8, 7)]),
+            ),
+        ),
+    ),
+    "rdma_order": Target(
+        rdma_order,
+        (orders.BadOrder, EOFError),
+        (
+            orders.pack_order(1, 0, orders.Order(bytes(16), _IDS, _IDS)),
+            orders.pack_order(2, 1, orders.Order(bytes(16), _IDS, None, 1, 4096)),
+        ),
     ),
     "flags": Target(flags, (ConfigError,), (b"localhost\n6379\n0\nme", b"\n\nx\n-1")),
 }

@@ -18,6 +18,7 @@ from kv_transfer import (
     NOT_WANTED,
     KVLayout,
     Messenger,
+    RdmaOptions,
     Received,
     Sent,
     TransferOptions,
@@ -26,6 +27,7 @@ from kv_transfer import (
 )
 from kv_transfer.placement import packed
 from kv_transfer.plan import units_of
+from kv_transfer.transports.registry import installed_transports
 from tests import kv_oracle
 from tests.integration.kv_memory import make_pool, spare_time
 from tests.integration.kv_rank import IN_VM, LocalRank
@@ -33,6 +35,7 @@ from tests.integration.kv_rank import IN_VM, LocalRank
 MODEL = KVLayout("e", "m", "bfloat16", 6, 4, 16, 4, 24)
 MLA = replace(MODEL, num_kv_heads=1, kv_planes=1)
 OPAQUE = replace(MODEL, axes="none", opaque_format="packed by the engine")
+RDMA_WRITE = "rdma_write"
 TENSOR_A_LAYER = ("layer", "block", "plane", "token", "head")
 K_AND_V_APART = ("layer", "plane", "block", "token", "head")
 
@@ -99,8 +102,15 @@ def need_xxhash() -> None:
         pytest.skip("xxhash is not installed")
 
 
+def lanes() -> list[str]:
+    """What a suite for every transport runs on: all that are registered, and rdma also in write mode."""
+    return sorted([*installed_transports(), RDMA_WRITE])
+
+
 def lane_options(lane: str, **other: Any) -> TransferOptions:
     """Options with one transport only; skips what this host cannot run."""
+    if lane == RDMA_WRITE:
+        lane, other = "rdma", {"rdma": RdmaOptions(mode="write"), **other}
     if other.get("checksum") == "xxh3":
         need_xxhash()
     if (obstacle := _obstacle(lane)) is not None:

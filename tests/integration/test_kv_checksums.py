@@ -16,13 +16,12 @@ from kv_transfer.checker import Checker
 from kv_transfer.checksums import LayerSums, Sums
 from kv_transfer.errors import InvalidOptions
 from kv_transfer.plan import IntArray
-from kv_transfer.transports.registry import installed_transports
-from tests.integration.kv_instances import PAIRS, Move, lane_options
+from tests.integration.kv_instances import PAIRS, Move, lane_options, lanes
 from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, differing
 from tests.integration.test_kv_faults import Wire, through
 
 
-@pytest.fixture(params=installed_transports())
+@pytest.fixture(params=lanes())
 def options(request: pytest.FixtureRequest) -> TransferOptions:
     return lane_options(request.param, checksum="crc32")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -19,15 +20,14 @@ from kv_transfer import (
     TransferOptions,
 )
 from kv_transfer.protocol import MAX_AUX_BYTES
-from kv_transfer.transports.registry import installed_transports
-from tests.integration.kv_instances import PAIRS, Move, lane_options
+from tests.integration.kv_instances import PAIRS, Move, lane_options, lanes
 from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, RemoteRank, differing, pattern
 
 MakeRemote = Callable[..., RemoteRank]
 MakeLocal = Callable[..., LocalRank]
 
 
-@pytest.fixture(params=installed_transports())
+@pytest.fixture(params=lanes())
 def options(request: pytest.FixtureRequest) -> TransferOptions:
     """Options with one transport only."""
     return lane_options(request.param)
@@ -188,7 +188,7 @@ def test_blocks_larger_than_a_chunk_and_than_a_socket_buffer_arrive(
 ) -> None:
     layout = KVLayout("transformers", "tiny", "float32", 16, 8, 128, 16, 24)
     assert layout.block_bytes == 2 << 20
-    small = TransferOptions(protocols=options.protocols, chunk_bytes=1 << 20, window_chunks=3, tcp_streams=2)
+    small = dataclasses.replace(options, chunk_bytes=1 << 20, window_chunks=3, tcp_streams=2)
     source, destination = remote(layout, small, "prefill", 1), local(layout, small, "decode", 2)
     src_ids, dst_ids = [3, 4, 5, 1, 9, 20, 21, 22, 23], [0, 1, 2, 13, 12, 11, 6, 7, 8]
     source.send("r@1", src_ids)

@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 
 from kv_transfer import KVLayout, RankEndpoint, Received, Sent, TransferFailed, TransferOptions
-from kv_transfer.transports.registry import installed_transports
 from tests.cuda_twin import TwinRuntime
-from tests.integration.kv_instances import lane_options
+from tests.integration.kv_instances import lane_options, lanes
 from tests.integration.kv_memory import cuda_runtime
 from tests.integration.kv_rank import IN_VM, LAYOUT, WAIT_S, LocalRank, RemoteRank, differing, pattern
 
 # RDMA needs devices: it takes part in the VM that has them (make test-rdma).
-LANES = installed_transports()
+LANES = lanes()
 # A device's twin takes minutes for what follows; tests/integration/test_cuda_ipc.py stops it at chosen points instead.
 FAST_LANES = tuple(lane for lane in LANES if lane != "cuda_ipc" or not isinstance(cuda_runtime(), TwinRuntime))
 # Big enough that a stop or a kill hits a transfer while its bytes flow.

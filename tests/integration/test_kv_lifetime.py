@@ -24,8 +24,7 @@ from kv_transfer import (
 from kv_transfer.leases import Lease
 from kv_transfer.receiving import Leg, ReceiveTransfer
 from kv_transfer.sending import SendTransfer
-from kv_transfer.transports.registry import installed_transports
-from tests.integration.kv_instances import lane_options
+from tests.integration.kv_instances import RDMA_WRITE, lane_options, lanes
 from tests.integration.kv_rank import LAYOUT, ROOT, LocalRank, differing
 
 
@@ -38,10 +37,10 @@ def mapped_pools() -> int:
     return Path("/proc/self/maps").read_text(encoding="utf-8").count("kv-pool")
 
 
-@pytest.mark.parametrize("lane", ["shm", "tcp", *(("rdma",) if "RDMA_VM_NICS" in os.environ else ())])
+@pytest.mark.parametrize("lane", ["shm", "tcp", *(("rdma", RDMA_WRITE) if "RDMA_VM_NICS" in os.environ else ())])
 def test_closing_gives_back_every_thread_descriptor_and_mapping(lane: str) -> None:
     def round_trip() -> None:
-        options = TransferOptions(protocols=(lane,))
+        options = lane_options(lane)
         source, destination = LocalRank(LAYOUT, options, "p", 1), LocalRank(LAYOUT, options, "d", 2)
         destination.receive("r@1", [source.endpoint], [1, 2, 3])
         source.send("r@1", [4, 5, 6])
@@ -62,7 +61,7 @@ def test_closing_gives_back_every_thread_descriptor_and_mapping(lane: str) -> No
 
 
 @pytest.mark.parametrize("checksum", ["none", "crc32"])
-@pytest.mark.parametrize("lane", installed_transports())
+@pytest.mark.parametrize("lane", lanes())
 def test_a_thousand_transfers_and_a_hundred_aborted_ones_leave_nothing_behind(lane: str, checksum: str) -> None:
     options = lane_options(lane, checksum=checksum)
     source, destination = LocalRank(LAYOUT, options, "p", 1), LocalRank(LAYOUT, options, "d", 2)

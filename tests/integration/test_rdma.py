@@ -15,12 +15,14 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kv_transfer import KVLayout, RdmaOptions, RdmaUnavailable, Received, Sent, TransferFailed, TransferOptions
 from kv_transfer.transports.rdma.device import Device
+from tests.integration.kv_instances import RDMA_WRITE
 from tests.integration.kv_rank import LAYOUT, ROOT, WAIT_S, LocalRank, RemoteRank, differing, pattern
 
 pytestmark = [
@@ -32,7 +34,16 @@ pytestmark = [
 BIG = KVLayout("transformers", "tiny", "float32", 8, 8, 64, 16, 256)
 OPTIONS = TransferOptions(protocols=("rdma",), heartbeat_s=1.0, silence_s=10.0, drain_s=1.0, chunk_bytes=1 << 20)
 # 4.096 µs * 2^13, eight times: a quarter of a second until a NIC gives a silent peer up.
-IMPATIENT = RdmaOptions(timeout_exponent=13)
+IMPATIENT_EXPONENT = 13
+
+
+@pytest.fixture(params=["rdma", RDMA_WRITE])
+def mode(request: pytest.FixtureRequest) -> str:
+    return "write" if request.param == RDMA_WRITE else "read"
+
+
+def with_rdma(options: TransferOptions, mode: str, **rdma: Any) -> TransferOptions:
+    return dataclasses.replace(options, rdma=RdmaOptions(mode=mode, **rdma))
 
 
 @pytest.fixture
@@ -88,7 +99,9 @@ def assert_moves(source: LocalRank | RemoteRank, destination: LocalRank, transfe
 
 
 @pytest.mark.parametrize(("src_tp", "dst_tp"), [(2, 1), (1, 2)])
-def test_each_rank_reads_over_its_own_device_and_port(ranks: contextlib.ExitStack, src_tp: int, dst_tp: int) -> None:
+def test_each_rank_moves_its_part_over_its_own_device_and_port(
+    ranks: contextlib.ExitStack, src_tp: int, dst_tp: int, mode: str
+) -> None:
     shape = (30, 3, 2, 4, 2, 32)
     model_kv = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     ports = tuple(18700 + i for i in range(src_tp))
@@ -100,8 +113,8 @@ def test_each_rank_reads_over_its_own_device_and_port(ranks: contextlib.ExitStac
         part = model_kv[..., layout.first_head : layout.first_head + layout.num_rank_heads, :]
         return np.ascontiguousarray(part).reshape(30, layout.block_bytes)
 
-    sent_from = dataclasses.replace(OPTIONS, rdma=RdmaOptions(nics=("rxe0", "rxe2"), ports=ports))
-    sent_to = dataclasses.replace(OPTIONS, rdma=RdmaOptions(nics=("rxe1", "rxe3")))
+    sent_from = with_rdma(OPTIONS, "read", nics=("rxe0", "rxe2"), ports=ports)
+    sent_to = with_rdma(OPTIONS, mode, nics=("rxe1", "rxe3"))
     sources = [local(ranks, layout, sent_from, "prefill", 1) for layout in layouts(src_tp)]
     destinations = [local(ranks, layout, sent_to, "decode", 2) for layout in layouts(dst_tp)]
     offers = [source.endpoint.transports["rdma"] for source in sources]
@@ -123,13 +136,11 @@ def test_each_rank_reads_over_its_own_device_and_port(ranks: contextlib.ExitStac
 
 
 def test_a_device_taken_down_in_mid_transfer_fails_it_and_leaves_every_other_byte_alone(
-    ranks: contextlib.ExitStack,
+    ranks: contextlib.ExitStack, mode: str
 ) -> None:
-    spare = "rxe5"
-    source = remote(
-        ranks, BIG, dataclasses.replace(OPTIONS, rdma=dataclasses.replace(IMPATIENT, nics=(spare,))), "p", 1
-    )
-    options = dataclasses.replace(OPTIONS, rdma=dataclasses.replace(IMPATIENT, nics=("rxe1",)))
+    spare, impatient = "rxe5", {"timeout_exponent": IMPATIENT_EXPONENT}
+    source = remote(ranks, BIG, with_rdma(OPTIONS, mode, nics=(spare,), **impatient), "p", 1)
+    options = with_rdma(OPTIONS, mode, nics=("rxe1",), **impatient)
     destination = local(ranks, BIG, options, "decode", 2)
     first = destination.view[100].copy()
     half = BIG.num_blocks // 2
@@ -157,9 +168,11 @@ def test_a_device_taken_down_in_mid_transfer_fails_it_and_leaves_every_other_byt
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
-def test_an_abort_does_not_wait_for_what_a_peer_never_answers(ranks: contextlib.ExitStack, comes_back: bool) -> None:
+def test_an_abort_does_not_wait_for_what_a_peer_never_answers(
+    ranks: contextlib.ExitStack, comes_back: bool, mode: str
+) -> None:
     # What is lost on the wire is asked for again after seventeen seconds, and given up after two minutes.
-    patient = dataclasses.replace(OPTIONS, rdma=RdmaOptions(timeout_exponent=22), silence_s=20.0)
+    patient = dataclasses.replace(with_rdma(OPTIONS, mode, timeout_exponent=22), silence_s=20.0)
     source, destination = local(ranks, BIG, patient, "prefill", 1), local(ranks, BIG, patient, "decode", 2)
     assert_moves(source, destination, "warm@1")
     wanted = destination.view.copy()
@@ -189,9 +202,10 @@ def test_an_abort_does_not_wait_for_what_a_peer_never_answers(ranks: contextlib.
     assert destination.counters()["rdma_rebuilds_total"] >= 1
 
 
-def test_thousands_of_transfers_leave_nothing_behind(ranks: contextlib.ExitStack) -> None:
+def test_thousands_of_transfers_leave_nothing_behind(ranks: contextlib.ExitStack, mode: str) -> None:
     layout = KVLayout("transformers", "tiny", "float32", 2, 2, 8, 4, 1000)
-    source, destination = local(ranks, layout, OPTIONS, "prefill", 1), local(ranks, layout, OPTIONS, "decode", 2)
+    options = with_rdma(OPTIONS, mode)
+    source, destination = local(ranks, layout, options, "prefill", 1), local(ranks, layout, options, "decode", 2)
     count = int(os.environ.get("RDMA_TRANSFERS", "1000"))
 
     def move(first: int, count: int) -> None:
@@ -266,7 +280,8 @@ def test_a_limit_of_locked_memory_that_is_too_low_is_named_with_its_remedy() -> 
     program = textwrap.dedent("""
         import resource
         from kv_transfer import KVPool, Messenger, TransferOptions, TransportFailed
-        from tests.integration.kv_rank import LAYOUT
+        from tests.integration.kv_instances import RDMA_WRITE
+from tests.integration.kv_rank import LAYOUT
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
         pool = KVPool.allocate(LAYOUT)
         try:

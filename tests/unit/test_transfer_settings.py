@@ -109,6 +109,15 @@ def test_an_interface_that_is_not_there_is_named_with_those_that_are() -> None:
         settings(socket_ifname="nowhere0").options()
 
 
+def test_the_mode_of_rdma_is_read_unless_one_asks_for_write() -> None:
+    assert settings().options().rdma.mode == "read"
+    assert settings(environ={"SPLITWISE_RDMA_MODE": "write"}).options().rdma.mode == "write"
+    with pytest.raises(ConfigError, match=r"rdma.mode"):
+        settings(rdma_mode="push")
+    with pytest.raises(InvalidOptions, match=r"rdma\.mode: is 'push': known are read, write"):
+        RdmaOptions(mode="push")
+
+
 @pytest.mark.parametrize(
     "wrong", [{"queue_pairs": 0}, {"queue_depth": 0}, {"timeout_exponent": 0}, {"gid_index": -1}, {"max_read_bytes": 1}]
 )

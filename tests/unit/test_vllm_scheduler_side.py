@@ -14,6 +14,7 @@ from engine.vllm.versions import check_version
 from kv_transfer.endpoint import RankEndpoint, endpoints_to_text
 from kv_transfer.identity import ProcessIdentity
 from kv_transfer.layout import KVLayout
+from kv_transfer.options import RdmaOptions
 from kv_transfer.protocol import WIRE_VERSION
 from kv_transfer.tickets import NOT_WANTED
 from splitwise_sched.errors import ConfigError
@@ -175,6 +176,10 @@ def test_unknown_shapes_are_refused(shape, named):
         ({"transfer_timeout_s": 0}, "transfer_timeout_s is 0"),
         ({"endpoint_dir": 3}, "endpoint_dir is 3"),
         ({"silence_s": 0.1}, "silence_s"),
+        ({"rdma": "write"}, "rdma is 'write': give an object"),
+        ({"rdma": {"modus": "write"}}, "rdma has 'modus': known are gid_index"),
+        ({"rdma": {"mode": "push"}}, r"rdma\.mode: is 'push'"),
+        ({"cuda": {"path": 3}}, r"cuda\.path"),
     ],
 )
 def test_extra_configuration_that_cannot_work_is_named(extra, named):
@@ -185,6 +190,8 @@ def test_extra_configuration_that_cannot_work_is_named(extra, named):
 def test_extra_configuration_takes_what_transfers_take():
     options = ConnectorOptions.parse({"protocols": "ipc, tcp", "transfer_timeout_s": 5, "secret": "s"})
     assert (options.transfer.protocols, options.transfer.secret, options.transfer_timeout_s) == (("ipc", "tcp"), "s", 5)
+    nested = ConnectorOptions.parse({"rdma": {"mode": "write", "nics": ["mlx5_0"]}}).transfer
+    assert nested.rdma == RdmaOptions(mode="write", nics=("mlx5_0",))
 
 
 def test_another_vllm_is_refused_by_name():

@@ -20,14 +20,14 @@ from kv_transfer.sysfs import RdmaPort
 from kv_transfer.tensors import Memory
 from kv_transfer.topology import choose_gid, explain_no_port, problem, usable_ports
 from kv_transfer.transports.rdma.gpu_memory import Registration, register_dmabuf
-from kv_transfer.transports.rdma.requests import WorkRequests
+from kv_transfer.transports.rdma.requests import Words, WorkRequests
 from kv_transfer.transports.rdma.verbs import Verbs, load_verbs
 from kv_transfer.transports.rdma.wire import PortAddress
 
 # Reads that a queue pair has under way; NICs usually allow 16.
 MAX_READ_DEPTH = 16
-# Reads posted in one go; one completion for all of them.
-MAX_BATCH_READS = 32
+# Reads or writes posted in one go; one completion for all of them.
+MAX_BATCH = 32
 MIN_RNR_TIMER, RETRY_COUNT = 12, 7
 _HOP_LIMIT = 64
 # Finding the descriptor that pyverbs has just opened must not see the one of another thread.
@@ -46,7 +46,7 @@ class Device:
     """Owns context and protection domain. All but the constructor runs in the transport's thread.
 
     Attributes:
-        requests: to post with, on any of its queue pairs.
+        reads, writes, words: to post with, on any of its queue pairs.
         async_fd: readable when ``take_event`` has something; -1 when there is no such descriptor.
     """
 
@@ -71,7 +71,9 @@ class Device:
             self.attributes = self.context.query_device()
             self._port_attributes = self.context.query_port(self.port.port)
             self.pd = verbs.PD(self.context)
-            self.requests = WorkRequests(verbs, MAX_BATCH_READS, self.max_pieces)
+            self.reads = WorkRequests(verbs, verbs.enums.IBV_WR_RDMA_READ, MAX_BATCH, self.max_read_pieces)
+            self.writes = WorkRequests(verbs, verbs.enums.IBV_WR_RDMA_WRITE, MAX_BATCH, self.max_write_pieces)
+            self.words = Words(verbs)
         except verbs.Error as exc:
             raise RdmaUnavailable(
                 f"RDMA device {self.port.device} cannot be opened ({exc}): are /dev/infiniband/uverbs* there, readable "
@@ -95,10 +97,18 @@ class Device:
         return max(1, min(int(self.attributes.max_qp_init_rd_atom), MAX_READ_DEPTH))
 
     @property
-    def max_pieces(self) -> int:
+    def max_read_pieces(self) -> int:
         """Scatter elements of one read; a few devices allow fewer for reads than for writes."""
-        limits = [int(n) for n in (self.attributes.max_sge, self.attributes.max_sge_rd) if n > 0]
-        return max(1, min(*limits, self.options.max_pieces)) if limits else 1
+        return self._max_pieces(self.attributes.max_sge, self.attributes.max_sge_rd)
+
+    @property
+    def max_write_pieces(self) -> int:
+        """Gather elements of one write."""
+        return self._max_pieces(self.attributes.max_sge)
+
+    def _max_pieces(self, *limits: int) -> int:
+        known = [int(n) for n in limits if n > 0]
+        return max(1, min(*known, self.options.max_pieces)) if known else 1
 
     @property
     def max_message_bytes(self) -> int:
@@ -106,7 +116,7 @@ class Device:
 
     @property
     def patience_s(self) -> float:
-        """How long the device itself retries a read before it gives it up, and some."""
+        """How long the device itself retries before it gives an operation up, and some."""
         return 2 * (RETRY_COUNT + 1) * 4.096e-6 * float(2**self.options.timeout_exponent)
 
     def describe(self) -> str:
@@ -116,33 +126,39 @@ class Device:
             f"GID {self.gid_index} {self.gid}"
         )
 
-    def register_memory(self, memory: Memory, how: Registration) -> tuple[Any, int]:
+    def register_memory(self, memory: Memory, how: Registration, *, is_writable: bool) -> tuple[Any, int]:
         """A region of a pool, for the caller to ``deregister``, and the address that work requests name it by.
+
+        Args:
+            is_writable: by peers, on queue pairs that let them.
 
         Raises:
             RdmaUnavailable, PoolNotServed: it cannot be registered; says what to do.
         """
+        access = self._access(is_readable=True, is_writable=is_writable)
         if how is not Registration.DMABUF:
-            return self.register(memory.address, memory.num_bytes, is_source=True), memory.address
+            return self._register(memory.address, memory.num_bytes, access), memory.address
         try:
-            return register_dmabuf(self.verbs, self.pd, memory.address, memory.num_bytes, self._access(is_source=True))
+            return register_dmabuf(self.verbs, self.pd, memory.address, memory.num_bytes, access)
         except self.verbs.Error as exc:
             raise PoolNotServed(f"the NIC does not take the pool's dmabuf ({exc}): load nvidia_peermem") from exc
 
-    def register(self, address: int, num_bytes: int, *, is_source: bool) -> Any:
-        """A memory region, for the caller to ``deregister``.
+    def register_staging(self, address: int, num_bytes: int, *, is_writable: bool) -> Any:
+        """Memory that is no pool; else as ``register_memory``."""
+        return self._register(address, num_bytes, self._access(is_readable=False, is_writable=is_writable))
 
-        Raises:
-            RdmaUnavailable: the kernel refuses it, most often for the limit of locked memory.
-        """
+    def _register(self, address: int, num_bytes: int, access: int) -> Any:
         try:
-            return self.verbs.MR(self.pd, num_bytes, self._access(is_source=is_source), address=address)
+            return self.verbs.MR(self.pd, num_bytes, access, address=address)
         except self.verbs.Error as exc:
             raise RdmaUnavailable(_explain_registration(exc, num_bytes)) from exc
 
-    def _access(self, *, is_source: bool) -> int:
+    def _access(self, *, is_readable: bool, is_writable: bool) -> int:
+        """Flags; what a peer may do also takes a queue pair that lets it."""
         enums = self.verbs.enums
-        access = int(enums.IBV_ACCESS_LOCAL_WRITE) | (int(enums.IBV_ACCESS_REMOTE_READ) if is_source else 0)
+        access = int(enums.IBV_ACCESS_LOCAL_WRITE)
+        access |= int(enums.IBV_ACCESS_REMOTE_READ) if is_readable else 0
+        access |= int(enums.IBV_ACCESS_REMOTE_WRITE) if is_writable else 0
         return access | (int(enums.IBV_ACCESS_RELAXED_ORDERING) if self.options.relaxed_ordering else 0)
 
     def deregister(self, region: Any) -> None:
@@ -167,7 +183,8 @@ class Device:
 
     def close(self) -> None:
         """Give up everything that was made in it; what is registered and connected must be closed before."""
-        self.requests.close()
+        for requests in (self.reads, self.writes, self.words):
+            requests.close()
         for thing in (self.pd, self.context):
             try:
                 thing.close()

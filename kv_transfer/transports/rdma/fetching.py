@@ -1,9 +1,9 @@
-"""The destination's end: a link that reads chunks out of one source's pool. Everything runs in the loop's thread.
+"""The destination's end: a link that fetches chunks out of one source's pool. Everything runs in the loop's thread.
 
-A chunk becomes batches of reads; a batch is posted in one go on the queue pair that has least to do, and its last read
-is signalled. What has been posted is never waited for without end: when a transfer is cancelled while its reads are
-under way, they may complete for a moment, and then the queue pairs are destroyed, which no peer can delay, and
-connected anew for the other transfers.
+A chunk becomes batches, of reads or of orders to write; a batch is posted on the queue pair that has least to do, and
+answered by one completion. What has been posted is never waited for without end: when a transfer is cancelled while
+some of it is under way, that may complete for a moment, and then the queue pairs are destroyed, which no peer can
+delay, and connected anew for the other transfers.
 """
 
 from __future__ import annotations
@@ -17,23 +17,27 @@ from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.errors import TransportFailed
 from kv_transfer.options import TransferOptions
 from kv_transfer.plan import IntArray, PairPlan
-from kv_transfer.transports.base import Cancelled, Fetched, Link, LinkDown, LinkUp, Post
+from kv_transfer.transports.base import Cancelled, Fetched, Link, LinkDown, LinkUp, Post, Refusal
 from kv_transfer.transports.rdma.batches import Batch, Batcher, Chunk
-from kv_transfer.transports.rdma.connecting import Connection
+from kv_transfer.transports.rdma.connecting import Connection, Lane
 from kv_transfer.transports.rdma.device import Device
 from kv_transfer.transports.rdma.loop import LoopThread
-from kv_transfer.transports.rdma.queue_pair import explain
+from kv_transfer.transports.rdma.ordering import OrderBatcher
+from kv_transfer.transports.rdma.orders import NUMBERS
+from kv_transfer.transports.rdma.queue_pair import GAVE_UP, explain
+from kv_transfer.transports.rdma.reading import ReadBatcher
 from kv_transfer.transports.rdma.requests import LocalRegion
+from kv_transfer.transports.rdma.wire import MAX_ORDERS
 from kv_transfer.views import BlockView
 
-# How long the reads of a cancelled transfer may take to complete by themselves.
+# How long what is under way of a cancelled transfer may take to complete by itself.
 CANCEL_GRACE_S = 0.25
 _WATCH_S = 0.5
 
 
 @dataclass(slots=True)
 class _Draining:
-    """A cancelled transfer whose reads are still under way."""
+    """A cancelled transfer of which something is still under way."""
 
     batches: set[int] = field(default_factory=set)
     timer: asyncio.TimerHandle | None = None
@@ -57,8 +61,9 @@ class RdmaLink(Link):
         self._thread, self._device, self._options, self._post, self._count = thread, device, options, post, count
         self._peer, self._data_token = peer, data_token
         rdma, limits = options.rdma, device.attributes
-        self._depth = max(1, min(rdma.queue_depth, limits.max_qp_wr, limits.max_cqe // rdma.queue_pairs))
-        self._batcher = Batcher(device, plan, view, regions, depth=self._depth, num_lanes=rdma.queue_pairs)
+        room = max(1, min(rdma.queue_depth, limits.max_qp_wr, limits.max_cqe // rdma.queue_pairs))
+        batcher, most = (OrderBatcher, MAX_ORDERS) if rdma.mode == "write" else (ReadBatcher, room)
+        self._batcher: Batcher = batcher(device, plan, view, regions, room=min(room, most), num_lanes=rdma.queue_pairs)
         self._connection: Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._waiting: deque[Batch] = deque()
@@ -102,10 +107,16 @@ class RdmaLink(Link):
         """Connect the queue pairs, and wait for the end of the connection that they were agreed on over."""
         try:
             self._batcher.make_ready()
-            await connection.open(self._on_completions, self._depth)
+            await connection.open(self._on_completions, self._batcher.room, self._batcher.offered)
             self._connected()
-            await connection.ended()
-            self._down("the peer has closed it")
+            failure = await connection.ended()
+            if failure is None:
+                self._down("the peer has closed it")
+            elif failure == GAVE_UP:
+                # Of a transfer that has ended there; it says nothing of the way between us.
+                self._rebuild()
+            else:
+                self._broken(f"the peer's queue pairs failed: {explain(failure)}")
         except asyncio.CancelledError:
             pass
         except TransportFailed as exc:
@@ -132,27 +143,26 @@ class RdmaLink(Link):
         if connection is None or not connection.remote:
             return
         while self._waiting:
-            if not self._waiting[0].reads:
+            if not self._waiting[0].size:
                 staged = self._batcher.take_slot(self._waiting[0])
                 if not staged:
                     return
                 self._waiting.popleft()
                 self._waiting.extendleft(reversed(staged))
-            batch, lane = self._waiting[0], min(connection.lanes, key=lambda x: x.num_reads)
-            if lane.num_reads + len(batch.reads) > self._depth:
+            batch, lane = self._waiting[0], min(connection.lanes, key=lambda x: x.taken)
+            if lane.taken + batch.size > self._batcher.room:
                 return
-            source, target = self._batcher.ends(batch, connection.remote)
-            self._next_id += 1
+            self._next_id = (self._next_id + 1) % NUMBERS
             try:
-                lane.pair.post(batch.reads, source, target, self._next_id)
+                self._batcher.post(batch, lane, connection, self._next_id)
             except self._device.verbs.Error as exc:
-                self._broken(f"reads cannot be posted: {exc}")
+                self._broken(f"nothing can be posted: {exc}")
                 return
             self._waiting.popleft()
             batch.lane = lane
-            lane.num_reads += len(batch.reads)
+            lane.taken += batch.size
             self._posted[self._next_id] = batch
-            self._count("reads_posted", len(batch.reads))
+            self._count("orders_posted" if batch.order is not None else "reads_posted", batch.size)
             self._count("batches_posted", 1)
 
     def _on_completions(self) -> None:
@@ -160,25 +170,35 @@ class RdmaLink(Link):
             return
         for completion in self._connection.take():
             if completion.status:
-                self._broken(str(explain(completion)))
+                failure = explain(completion.status)
+                self._broken(f"its queue pair failed: {failure} (vendor error {completion.vendor_error:#x})")
+                return
+            number, is_refused = self._batcher.answer(completion)
+            batch = None if number is None else self._posted.get(number)
+            if number is None or batch is None or batch.lane is None:
+                self._broken("the peer answers what was not asked")
+                return
+            if batch.lane.pair.number != completion.pair_number:
+                self._broken("the peer answers on another queue pair")
                 return
             self._has_completed, self._last_progress = True, self._thread.loop.time()
-            batch = self._posted.pop(completion.wr_id, None)
-            if batch is not None:
-                self._complete(completion.wr_id, batch)
+            self._complete(number, batch, batch.lane, is_refused=is_refused)
         self._pump()
 
-    def _complete(self, wr_id: int, batch: Batch) -> None:
+    def _complete(self, number: int, batch: Batch, lane: Lane, *, is_refused: bool) -> None:
         chunk = batch.chunk
-        if batch.lane is not None:
-            batch.lane.num_reads -= len(batch.reads)
+        del self._posted[number]
+        lane.taken -= batch.size
+        if is_refused and not chunk.is_given_up:
+            chunk.is_given_up = True
+            self._post(Refusal(self, chunk.token, "the source does not allow these blocks, or not any more"))
         self._batcher.leave_slot(batch)
         chunk.num_batches -= 1
-        if not chunk.num_batches and not chunk.is_cancelled:
+        if not chunk.num_batches and not chunk.is_given_up:
             self._post(Fetched(self, chunk.chunk_id))
         draining = self._draining.get(chunk.token)
         if draining is not None:
-            draining.batches.discard(wr_id)
+            draining.batches.discard(number)
             if not draining.batches:
                 self._drained(chunk.token)
 
@@ -188,15 +208,15 @@ class RdmaLink(Link):
             return
         for batch in self._waiting:
             if batch.chunk.token == token:
-                batch.chunk.is_cancelled = True
+                batch.chunk.is_given_up = True
                 self._batcher.leave_slot(batch)
         self._waiting = deque(batch for batch in self._waiting if batch.chunk.token != token)
-        under_way = {wr_id for wr_id, batch in self._posted.items() if batch.chunk.token == token}
+        under_way = {number for number, batch in self._posted.items() if batch.chunk.token == token}
         if not under_way:
             self._post(Cancelled(self, token))
             return
-        for wr_id in under_way:
-            self._posted[wr_id].chunk.is_cancelled = True
+        for number in under_way:
+            self._posted[number].chunk.is_given_up = True
         timer = self._thread.loop.call_later(CANCEL_GRACE_S, self._rebuild)
         self._draining[token] = _Draining(under_way, timer)
 
@@ -222,7 +242,7 @@ class RdmaLink(Link):
         posted, self._posted = list(self._posted.values()), {}
         for batch in reversed(posted):
             batch.lane = None
-            if batch.chunk.is_cancelled:
+            if batch.chunk.is_given_up:
                 self._batcher.leave_slot(batch)
             else:
                 self._waiting.appendleft(batch)
@@ -231,17 +251,17 @@ class RdmaLink(Link):
         self._connect()
 
     def _look(self) -> None:
-        """Reads that do not end although the device should have given them up: it has not."""
+        """What does not end although a device should have given it up: it has not."""
         if self.is_down:
             return
         self._watch = self._thread.loop.call_later(_WATCH_S, self._look)
         if not self._posted:
             self._last_progress = self._thread.loop.time()
         elif self._thread.loop.time() - self._last_progress > max(self._options.silence_s, self._device.patience_s):
-            self._broken("its reads do not complete")
+            self._broken("what is under way does not complete")
 
     def _disconnect(self) -> None:
-        """From the return on nothing is read into our memory."""
+        """From the return on nothing is read or written into our memory."""
         if self._connecting is not None and self._connecting is not asyncio.current_task(self._thread.loop):
             self._connecting.cancel()
         if self._connection is not None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
-from kv_transfer.errors import TransportFailed
 from kv_transfer.transports.rdma.device import MIN_RNR_TIMER, RETRY_COUNT, Device, new_psn, opened_descriptor
-from kv_transfer.transports.rdma.reads import Read
-from kv_transfer.transports.rdma.requests import LocalRegion
+from kv_transfer.transports.rdma.operations import Operation
+from kv_transfer.transports.rdma.requests import LocalRegion, immediate_of
 from kv_transfer.transports.rdma.wire import PairAddress, PortAddress, RemoteRegion
 
 _PKEY_INDEX = 0
@@ -18,19 +18,28 @@ _RNR_RETRY_FOREVER = 7
 _POLLED_AT_A_TIME = 64
 
 
+class Access(Enum):
+    """What one end of a queue pair allows the other to do to its memory."""
+
+    NONE = "none"
+    READ = "read"
+    WRITE = "write"
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The end of the reads up to and including one that was signalled.
+    """The end of what was posted up to and including an operation that was signalled, or a receive.
 
     Attributes:
         status: 0 is success; anything else ends the queue pair.
-        opcode: IBV_WC_*; meaningless after a failure.
+        immediate: what came with a receive.
     """
 
     wr_id: int
     status: int
     vendor_error: int
     pair_number: int
+    immediate: int | None
 
 
 class CompletionQueue:
@@ -38,7 +47,7 @@ class CompletionQueue:
 
     def __init__(self, device: Device, capacity: int) -> None:
         verbs = device.verbs
-        self._error = verbs.Error
+        self._error, self._with_immediate = verbs.Error, verbs.enums.IBV_WC_WITH_IMM
         self._channel, self.fd = opened_descriptor(lambda: verbs.CompChannel(device.context))
         try:
             os.set_blocking(self.fd, False)
@@ -62,9 +71,14 @@ class CompletionQueue:
         found: list[Completion] = []
         while True:
             count, polled = queue.poll(_POLLED_AT_A_TIME)
-            found += [Completion(wc.wr_id, wc.status, wc.vendor_err, wc.qp_num) for wc in polled]
+            found += [self._completion(wc) for wc in polled]
             if count < _POLLED_AT_A_TIME:
                 return found
+
+    def _completion(self, wc: Any) -> Completion:
+        # After a failure the flags mean nothing.
+        has_immediate = not wc.status and wc.wc_flags & self._with_immediate
+        return Completion(wc.wr_id, wc.status, wc.vendor_err, wc.qp_num, immediate_of(wc) if has_immediate else None)
 
     def close(self) -> None:
         """After all queue pairs on it."""
@@ -75,12 +89,13 @@ class CompletionQueue:
 class QueuePair:
     """One reliable connection. Whoever made it closes it; from then on nothing is read or written through it."""
 
-    def __init__(self, device: Device, queue: Any, *, depth: int, max_pieces: int) -> None:
+    def __init__(self, device: Device, queue: Any, *, depth: int, max_pieces: int, num_receives: int = 1) -> None:
         """
         Args:
             queue: the verbs completion queue.
-            depth: reads that may be posted at a time.
-            max_pieces: of one read.
+            depth: operations that may be posted at a time.
+            max_pieces: of one operation.
+            num_receives: that may be posted at a time.
         Raises:
             the verbs' error: the device has no room.
         """
@@ -90,25 +105,35 @@ class QueuePair:
             qp_type=verbs.enums.IBV_QPT_RC,
             scq=queue,
             rcq=queue,
-            cap=verbs.QPCap(max_send_wr=depth, max_recv_wr=1, max_send_sge=max_pieces, max_recv_sge=1),
+            cap=verbs.QPCap(max_send_wr=depth, max_recv_wr=num_receives, max_send_sge=max_pieces, max_recv_sge=1),
             sq_sig_all=0,
         )
         self._pair = verbs.QP(device.pd, attributes)
 
     @property
+    def number(self) -> int:
+        return int(self._pair.qp_num)
+
+    @property
     def address(self) -> PairAddress:
         return PairAddress(self._pair.qp_num, self.psn)
 
-    def connect(self, port: PortAddress, pair: PairAddress, read_depth: int) -> None:
-        """Ready to read from and to be read by the other one.
+    def connect(self, port: PortAddress, pair: PairAddress, read_depth: int, allowed: Access) -> None:
+        """Ready to be used, by us and by the other one.
 
         Args:
             read_depth: reads under way, both ways.
+            allowed: to the other one.
         """
         device, enums = self._device, self._device.verbs.enums
         attributes = device.verbs.QPAttr(port_num=device.port.port)
         attributes.pkey_index = _PKEY_INDEX
-        attributes.qp_access_flags = enums.IBV_ACCESS_REMOTE_READ
+        flags = {
+            Access.NONE: 0,
+            Access.READ: enums.IBV_ACCESS_REMOTE_READ,
+            Access.WRITE: enums.IBV_ACCESS_REMOTE_WRITE,
+        }
+        attributes.qp_access_flags = flags[allowed]
         self._pair.to_init(attributes)
         attributes.dest_qp_num, attributes.path_mtu = pair.number, min(port.mtu, device.address.mtu)
         attributes.max_rd_atomic = attributes.max_dest_rd_atomic = read_depth
@@ -120,36 +145,62 @@ class QueuePair:
         self._pair.to_rtr(attributes)
         self._pair.to_rts(attributes)
 
-    def post(self, reads: Sequence[Read], source: RemoteRegion, target: LocalRegion, wr_id: int) -> None:
+    def read(self, operations: Sequence[Operation], source: RemoteRegion, target: LocalRegion, wr_id: int) -> None:
         """Post reads in one go; one completion with ``wr_id`` follows when the last of them is done.
 
         Args:
-            target: what the reads' pieces are in.
+            target: what the operations' pieces are in.
         Raises:
             the verbs' error: nothing was posted, or the pair is of no more use.
         """
-        self._device.requests.post(self._pair, reads, source, target, wr_id)
+        self._device.reads.post(self._pair, operations, remote=source, local=target, wr_id=wr_id)
+
+    def write(
+        self,
+        operations: Sequence[Operation],
+        target: RemoteRegion,
+        source: LocalRegion,
+        wr_id: int,
+        immediate: int | None,
+    ) -> None:
+        """Post writes; as ``read``.
+
+        Args:
+            source: what the operations' pieces are in.
+            immediate: for the peer to receive when all has been written, also by earlier calls.
+        """
+        self._device.writes.post(self._pair, operations, remote=target, local=source, wr_id=wr_id, immediate=immediate)
+
+    def say(self, immediate: int, wr_id: int) -> None:
+        """Post an immediate by itself; else as ``write``."""
+        self._device.words.send(self._pair, immediate, wr_id)
+
+    def expect(self) -> None:
+        """Post a receive for one immediate. Raises the same."""
+        self._device.words.receive(self._pair)
 
     def close(self) -> None:
         """Destroy it: when this returns, the device touches no memory for it any more. Idempotent."""
         self._pair.close()
 
 
-def explain(completion: Completion) -> TransportFailed:
+def explain(status: int) -> str:
     """What a failed completion means, for people."""
-    name = _STATUS_NAMES.get(completion.status, f"status {completion.status}")
-    return TransportFailed(f"a read failed: {name} (vendor error {completion.vendor_error:#x})")
+    return _STATUS_NAMES.get(status, f"status {status}")
 
 
-# enum ibv_wc_status
+# enum ibv_wc_status; and what a source says besides.
+LOCAL_ERROR, BAD_ORDER, GAVE_UP = 2, 254, 255
 _STATUS_NAMES = {
     1: "local length error",
-    2: "local queue pair error",
+    LOCAL_ERROR: "local queue pair error",
     4: "local protection error: the region is not registered for this",
     5: "flushed, as the queue pair is in error",
-    10: "remote access error: the peer has deregistered its pool",
+    10: "remote access error: the peer has deregistered its memory, or does not allow this",
     11: "remote operation error",
     12: "the peer's NIC does not answer (transport retries exceeded)",
     13: "the peer is not ready (receiver retries exceeded)",
     21: "the device does not respond",
+    BAD_ORDER: "it was asked for what makes no sense",
+    GAVE_UP: "its writes did not complete in time",
 }

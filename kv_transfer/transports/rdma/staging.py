@@ -10,7 +10,7 @@ import numpy as np
 
 from kv_transfer.plan import IntArray
 from kv_transfer.transports.rdma.device import Device
-from kv_transfer.transports.rdma.reads import PartReads
+from kv_transfer.transports.rdma.operations import PartMoves
 from kv_transfer.transports.rdma.requests import LocalRegion
 from kv_transfer.views import PartView
 
@@ -21,10 +21,11 @@ _SLOT_BYTES = 1 << 20
 class Staging:
     """A few registered slots of one size; each for some units of one part."""
 
-    def __init__(self, device: Device, parts: Sequence[PartReads]) -> None:
+    def __init__(self, device: Device, parts: Sequence[PartMoves], *, is_writable: bool) -> None:
         """
         Args:
-            parts: those that are not read right into the pool.
+            parts: those that do not go right into the pool.
+            is_writable: by the source.
         Raises:
             RdmaUnavailable: it cannot be registered.
         """
@@ -33,11 +34,11 @@ class Staging:
         self._bytes = np.frombuffer(mmap.mmap(-1, size), np.uint8)
         address = int(self._bytes.ctypes.data)
         self._device = device
-        self._registered: Any = device.register(address, size, is_source=False)
-        self.region = LocalRegion(address, int(self._registered.lkey))
+        self._registered: Any = device.register_staging(address, size, is_writable=is_writable)
+        self.region = LocalRegion(address, int(self._registered.lkey), int(self._registered.rkey), size)
         self._free = list(range(NUM_SLOTS))
 
-    def units_per_slot(self, part: PartReads) -> int:
+    def units_per_slot(self, part: PartMoves) -> int:
         return max(1, self._slot_bytes // part.staged_unit_bytes)
 
     def take(self) -> int | None:
@@ -47,7 +48,7 @@ class Staging:
     def give_back(self, slot: int) -> None:
         self._free.append(slot // self._slot_bytes)
 
-    def scatter(self, slot: int, part: PartReads, view: PartView, dst_ids: IntArray) -> None:
+    def scatter(self, slot: int, part: PartMoves, view: PartView, dst_ids: IntArray) -> None:
         """Put what has arrived in a slot where it belongs.
 
         Args:
@@ -64,7 +65,7 @@ class Staging:
         view.write(dst_ids, arrived)
 
     def close(self) -> None:
-        """After all queue pairs that read into it."""
+        """After all queue pairs that reach it."""
         if self._registered is not None:
             self._device.deregister(self._registered)
             self._registered = None

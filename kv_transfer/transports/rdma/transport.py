@@ -16,14 +16,14 @@ from kv_transfer.leases import LeaseTable
 from kv_transfer.options import TransferOptions
 from kv_transfer.plan import PairPlan
 from kv_transfer.pool import BlockPool
-from kv_transfer.transports.base import Link, Post, Transport
+from kv_transfer.transports.base import Link, Post, Revoked, Transport
 from kv_transfer.transports.rdma.device import Device
 from kv_transfer.transports.rdma.fetching import RdmaLink
 from kv_transfer.transports.rdma.gpu_memory import choose_registration
 from kv_transfer.transports.rdma.loop import LoopThread
 from kv_transfer.transports.rdma.requests import LocalRegion
 from kv_transfer.transports.rdma.serving import Server
-from kv_transfer.transports.rdma.wire import RemoteRegion
+from kv_transfer.transports.rdma.wire import VERSION
 
 log = logging.getLogger("kv_transfer")
 
@@ -55,28 +55,31 @@ class RdmaTransport(Transport):
             raise PoolNotServed("the pool does not tell where its memory is")
         device = self._device = Device(self.options.rdma, layout.tp_rank, host=host if layout.num_ranks == 1 else "")
         how = choose_registration(memory[0].device, device.verbs)
-        offered = []
+        is_writable = self.options.rdma.mode == "write"
         for region in memory:
-            registered, address = device.register_memory(region, how)
+            registered, address = device.register_memory(region, how, is_writable=is_writable)
             self._registered.append(registered)
-            self._regions.append(LocalRegion(address, int(registered.lkey)))
-            offered.append(RemoteRegion(address, int(registered.rkey), region.num_bytes))
+            keys = int(registered.lkey), int(registered.rkey)
+            self._regions.append(LocalRegion(address, *keys, region.num_bytes))
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             sock = socket.create_server((host, port), family=family, backlog=256)
         except OSError as exc:
             raise TransportFailed(f"cannot listen on {host} port {port} for RDMA peers: {exc}") from exc
         self._thread = LoopThread("kv-rdma")
-        self._server = Server(sock, device, offered, self.leases, self._count)
+        self._server = Server(
+            sock, device, regions=self._regions, leases=self.leases, on_revoked=self._revoked, count=self._count
+        )
         self._start(self._thread, self._server, device)
         log.info(
             "KV transfer by RDMA: %s; %s, %d bytes in %d regions",
             device.describe(),
             how.value,
             self.pool.layout.pool_bytes,
-            len(offered),
+            len(memory),
         )
         return {
+            "version": VERSION,
             "port": int(sock.getsockname()[1]),
             "device": device.port.device,
             "link_layer": device.port.link_layer,
@@ -84,6 +87,10 @@ class RdmaTransport(Transport):
 
     def obstacle(self, peer: RankEndpoint) -> str | None:
         offer = peer.transports[self.name]
+        # The first version did not say so.
+        version = offer.get("version", 1)
+        if version != VERSION:
+            return f"it connects queue pairs by version {version}, we by {VERSION}: run one release on both"
         port = offer.get("port")
         if not isinstance(port, int) or not 1 <= port <= 65535:
             return "its offer has no usable port"
@@ -110,6 +117,11 @@ class RdmaTransport(Transport):
         self._links = [x for x in self._links if not x.is_down] + [link]
         return link
 
+    def revoke(self, token: bytes) -> None:
+        server = self._server
+        if self._thread is None or server is None or not self._thread.submit(lambda: server.revoke(token)):
+            super().revoke(token)
+
     def hang_up(self, data_token: bytes) -> None:
         server = self._server
         if self._thread is not None and server is not None:
@@ -125,6 +137,9 @@ class RdmaTransport(Transport):
             self._thread = None
         elif self._server is None and self._device is not None:
             self._release()
+
+    def _revoked(self, token: bytes) -> None:
+        self.post(Revoked(self, token))
 
     def _own_port(self) -> int:
         """0 for any."""

@@ -37,6 +37,7 @@ class Verbs:
     GID: Any
     SGE: Any
     SendWR: Any
+    RecvWR: Any
     enums: Any
     Error: type[Exception]
 
@@ -88,6 +89,7 @@ def _load() -> Verbs:
         GID=addr.GID,
         SGE=wr.SGE,
         SendWR=wr.SendWR,
+        RecvWR=wr.RecvWR,
         enums=enums,
         Error=module("pyverbs_error").PyverbsError,
     )

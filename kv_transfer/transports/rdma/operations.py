@@ -1,37 +1,40 @@
-"""Which reads carry the parts of a plan: neighbours merged, one read for what is one stretch at the source. Pure.
+"""Which reads or writes carry the parts of a plan: neighbours merged, one for what is one stretch at the peer. Pure.
 
-A part that is contiguous on both sides, or in runs that are long enough, is read right into the pool. Of one in short
-runs, such as some heads of every token, a stretch that encloses many runs is read into staging memory, and the runs are
-picked from there: a read for each run would cost more than the bytes in between.
+A part that is contiguous on both sides, or in runs that are long enough, goes right into the pool. Of one in short
+runs, such as some heads of every token, a stretch that encloses many runs goes into staging memory of the destination,
+and the runs are picked from there: an operation for each run would cost more than the bytes in between.
+
+Both ends of a pair come to the same answer, which is part of the handshake's version (see ``wire``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from kv_transfer.plan import IntArray, Part, Side
 from kv_transfer.views import DIRECT_RUN_BYTES
 
-# Of a stretch that is read into staging memory, at least so much is wanted.
+# Of a stretch that goes into staging memory, at least so much is wanted.
 MIN_DENSITY = 1 / 16
 MAX_STRETCH_BYTES = 1 << 20
 _ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
-    """One RDMA READ: a stretch of a region of the source's pool, into one or several of a region of ours.
+class Operation:
+    """One RDMA READ or WRITE: one stretch of a region of the peer's, and one or several of a region of ours.
 
     Attributes:
-        source: offset in the source's region.
-        pieces: (offset in the local region, bytes), in the order of the source's bytes.
+        remote: offset in the peer's region.
+        pieces: (offset in the local region, bytes), in the order of the remote bytes.
     """
 
-    source: int
+    remote: int
     pieces: tuple[tuple[int, int], ...]
 
     @property
@@ -40,12 +43,12 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
-class PartReads:
-    """How one part of a plan is read.
+class PartMoves:
+    """How one part of a plan moves.
 
     Attributes:
-        is_direct: right into the pool; else into staging memory.
-        stretch_bytes: read at a time; a run, or what encloses the runs of the dimensions that are not in ``outer``.
+        is_direct: right into the pool; else into staging memory of the destination.
+        stretch_bytes: moved at a time; a run, or what encloses the runs of the dimensions that are not in ``outer``.
         outer: dimensions of the part of which every index is a stretch of its own.
         pitch: from stretch to stretch in staging memory.
     """
@@ -86,15 +89,15 @@ class PartReads:
         return (self.staged_unit_bytes, *strides)
 
 
-def reads_of(part: Part, src_units: int, dst_units: int) -> PartReads:
-    """The way in which a part is read.
+def moves_of(part: Part, src_units: int, dst_units: int) -> PartMoves:
+    """The way in which a part moves.
 
     Args:
         src_units, dst_units: that one block of either side is made of.
     """
     run, dims = part.shape[-1], range(len(part.shape) - 1)
     if part.is_run or run >= DIRECT_RUN_BYTES:
-        return PartReads(part, src_units, dst_units, True, run, tuple(dims), run)
+        return PartMoves(part, src_units, dst_units, True, run, tuple(dims), run)
     # From the inside out, as long as what lies in between is not too much.
     stretch, wanted, outer = run, run, set(dims)
     for dim in sorted(dims, key=lambda d: part.src.strides[d]):
@@ -105,51 +108,52 @@ def reads_of(part: Part, src_units: int, dst_units: int) -> PartReads:
         stretch, wanted = longer, more
         outer.discard(dim)
     if stretch == run:
-        return PartReads(part, src_units, dst_units, True, run, tuple(dims), run)
+        return PartMoves(part, src_units, dst_units, True, run, tuple(dims), run)
     pitch = -(-stretch // _ALIGNMENT) * _ALIGNMENT
-    return PartReads(part, src_units, dst_units, False, stretch, tuple(sorted(outer)), pitch)
+    return PartMoves(part, src_units, dst_units, False, stretch, tuple(sorted(outer)), pitch)
 
 
-def merged_reads(
-    sources: IntArray, targets: IntArray, stretch_bytes: int, *, max_pieces: int, max_bytes: int
-) -> Iterator[Read]:
-    """Reads that carry each stretch from its source to its target; in the order of the source's region.
+def merged_operations(
+    remote_offsets: IntArray, local_offsets: IntArray, stretch_bytes: int, *, max_pieces: int, max_bytes: int
+) -> Iterator[Operation]:
+    """Operations between each remote stretch and its local one; in the order of the peer's region.
 
     Args:
-        sources, targets: offsets, [num_stretches]; none overlap.
-        max_pieces, max_bytes: of one read.
+        remote_offsets, local_offsets: offsets, [num_stretches]; none overlap.
+        max_pieces, max_bytes: of one operation.
     """
-    order = np.argsort(sources, kind="stable")
-    sources, targets = sources[order], targets[order]
-    # Stretches that are neighbours on both sides; then those are joined that are neighbours at the source.
-    breaks = np.flatnonzero((np.diff(sources) != stretch_bytes) | (np.diff(targets) != stretch_bytes)) + 1
+    order = np.argsort(remote_offsets, kind="stable")
+    remote_offsets, local_offsets = remote_offsets[order], local_offsets[order]
+    # Stretches that are neighbours on both sides; then those are joined that are neighbours at the peer.
+    breaks = np.flatnonzero((np.diff(remote_offsets) != stretch_bytes) | (np.diff(local_offsets) != stretch_bytes)) + 1
     starts = np.concatenate(([0], breaks))
-    counts = np.diff(np.concatenate((starts, [len(sources)])))
+    counts = np.diff(np.concatenate((starts, [len(remote_offsets)])))
     begin = end = size = 0
     pieces: list[tuple[int, int]] = []
-    for first_source, first_target, num_bytes in zip(
-        sources[starts].tolist(), targets[starts].tolist(), (counts * stretch_bytes).tolist(), strict=True
+    for first_remote, first_local, num_bytes in zip(
+        remote_offsets[starts].tolist(), local_offsets[starts].tolist(), (counts * stretch_bytes).tolist(), strict=True
     ):
-        source, target, left = first_source, first_target, num_bytes
+        remote, local, left = first_remote, first_local, num_bytes
         while left:
-            if pieces and (source != end or len(pieces) == max_pieces or size == max_bytes):
-                yield Read(begin, tuple(pieces))
+            if pieces and (remote != end or len(pieces) == max_pieces or size == max_bytes):
+                yield Operation(begin, tuple(pieces))
                 pieces, size = [], 0
             if not pieces:
-                begin = source
+                begin = remote
             taken = min(left, max_bytes - size)
-            pieces.append((target, taken))
+            pieces.append((local, taken))
             size += taken
-            source, target, left = source + taken, target + taken, left - taken
-            end = source
+            remote, local, left = remote + taken, local + taken, left - taken
+            end = remote
     if pieces:
-        yield Read(begin, tuple(pieces))
+        yield Operation(begin, tuple(pieces))
 
 
-def group(reads: Sequence[Read], most: int) -> Iterator[tuple[Read, ...]]:
-    """Neighbouring reads, ``most`` at a time."""
-    for start in range(0, len(reads), most):
-        yield tuple(reads[start : start + most])
+def group(operations: Iterable[Operation], most: int) -> Iterator[tuple[Operation, ...]]:
+    """Neighbouring operations, ``most`` at a time."""
+    rest = iter(operations)
+    while some := tuple(islice(rest, most)):
+        yield some
 
 
 def _offsets(part: Part, side: Side, ids: IntArray, units: int, dims: Sequence[int]) -> IntArray:
