@@ -36,6 +36,8 @@ from kv_transfer.transports.rdma.wire import (
 log = logging.getLogger("kv_transfer")
 
 HANDSHAKE_TIMEOUT_S = 5.0
+# How long a destination may take to hang up, once it has been told that it gets no queue pairs, or has none any more.
+_FAREWELL_TIMEOUT_S = 5.0
 # How long what is being written for a transfer that was revoked may take to complete by itself.
 REVOKE_GRACE_S = 0.25
 MAX_STRANGERS = 256
@@ -127,10 +129,10 @@ class Server:
             await self._held[task].serve(reader)
         except PairsFailed as exc:
             self._count("pairs_failed", 1)
-            writer.write(bytes([exc.code]))
+            await _say_last(reader, writer, bytes([exc.code]))
         except _Refused as exc:
             self._count("strangers", 1)
-            writer.write(pack_refusal(exc.status))
+            await _say_last(reader, writer, pack_refusal(exc.status))
         except (BadHandshake, asyncio.IncompleteReadError, asyncio.TimeoutError, OSError):
             if task in self._strangers:
                 self._count("strangers", 1)
@@ -221,3 +223,18 @@ class Server:
         served = self._held.pop(task, None)
         if served is not None:
             served.close()
+
+
+async def _say_last(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, said: bytes) -> None:
+    """Say it, and see that it arrives: closing a socket in which something lies that nobody reads would drop it."""
+
+    async def read_on() -> None:
+        while await reader.read(1 << 16):
+            pass
+
+    try:
+        writer.write(said)
+        writer.write_eof()
+        await asyncio.wait_for(read_on(), _FAREWELL_TIMEOUT_S)
+    except (asyncio.TimeoutError, OSError):
+        pass
