@@ -280,8 +280,7 @@ def test_a_limit_of_locked_memory_that_is_too_low_is_named_with_its_remedy() -> 
     program = textwrap.dedent("""
         import resource
         from kv_transfer import KVPool, Messenger, TransferOptions, TransportFailed
-        from tests.integration.kv_instances import RDMA_WRITE
-from tests.integration.kv_rank import LAYOUT
+        from tests.integration.kv_rank import LAYOUT
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
         pool = KVPool.allocate(LAYOUT)
         try:

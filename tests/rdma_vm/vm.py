@@ -27,9 +27,11 @@ from tests.rdma_vm.image import GUEST_FILES, Image, ImageUnavailable, ready_imag
 EXIT_TIMEOUT, EXIT_GUEST_DIED, EXIT_NO_IMAGE = 124, 125, 126
 # On a busy host; usually it takes a second.
 KVM_BOOT_TIMEOUT_S = 60.0
+# An emulated guest takes its TSC for unreliable, and then asks a device (HPET) for the time; where libraries lie at the
+# same address in every process, what was translated for one serves the next. Together a third of Python's start.
 KERNEL_FLAGS = (
     "console=ttyS0 panic=-1 quiet loglevel=5 mitigations=off nopti nokaslr audit=0 random.trust_cpu=on "
-    "no_timer_check cryptomgr.notests nowatchdog"
+    "no_timer_check cryptomgr.notests nowatchdog tsc=reliable norandmaps"
 )
 
 

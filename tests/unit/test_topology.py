@@ -160,6 +160,13 @@ def test_names_sort_by_number_and_the_fast_ports_come_first(tree: SysfsTree) -> 
     assert [p.device for p in usable_ports(rdma_ports(tree.root))] == ["mlx5_2", "mlx5_9", "mlx5_10", "bnxt_0"]
 
 
+def test_one_device_alone_can_be_read_and_is_the_same_as_among_all(tree: SysfsTree) -> None:
+    for number in (1, 2):
+        tree.nic(f"mlx5_{number}", behind_switch(0x10, number))
+    assert rdma_ports(tree.root, only="mlx5_2") == rdma_ports(tree.root)[1:]
+    assert rdma_ports(tree.root, only="mlx5_3") == []
+
+
 @pytest.mark.parametrize(
     ("text", "by_rank"),
     [

@@ -211,8 +211,8 @@ def choose_port(options: RdmaOptions, rank: int, host: str, root: Path) -> RdmaP
     Raises:
         NicUnavailable: there is none, or the one that is named is not usable.
     """
-    ports = sysfs.rdma_ports(root)
     name = options.nics[rank % len(options.nics)] if options.nics else None
+    ports = sysfs.rdma_ports(root, only=name)
     if name is None:
         usable = usable_ports(ports)
         if not usable:
@@ -222,13 +222,12 @@ def choose_port(options: RdmaOptions, rank: int, host: str, root: Path) -> RdmaP
             return at_address[0]
         fastest = [port for port in usable if port.rate_gbps == usable[0].rate_gbps]
         return fastest[rank % len(fastest)]
-    named = [port for port in ports if port.device == name]
-    if not named:
-        known = ", ".join(dict.fromkeys(port.device for port in ports)) or "none (ls /sys/class/infiniband)"
+    if not ports:
+        known = ", ".join(sysfs.rdma_devices(root)) or "none (ls /sys/class/infiniband)"
         raise NicUnavailable(name, f"there is no such device here; those that are: {known}")
-    active = [port for port in named if port.is_active]
+    active = [port for port in ports if port.is_active]
     if not active:
-        raise NicUnavailable(name, f"{problem(named[0])}: bring its link up (ip link, ibstat), or name another device")
+        raise NicUnavailable(name, f"{problem(ports[0])}: bring its link up (ip link, ibstat), or name another device")
     return active[0]
 
 
