@@ -67,7 +67,7 @@ def test_the_distributions_pyverbs_is_found_whatever_its_release_and_logging_sta
         addr="class AHAttr: pass\nclass GlobalRoute: pass\nclass GID: pass",
         cq="class CQ: pass\nclass CompChannel: pass",
         qp="class QP: pass\nclass QPInitAttr: pass\nclass QPAttr: pass\nclass QPCap: pass",
-        wr="class SGE: pass\nclass SendWR: pass",
+        wr="class SGE: pass\nclass SendWR: pass\nclass RecvWR: pass",
         mr="class MR: pass",
         pd="class PD: pass",
         pyverbs_error="class PyverbsError(Exception): pass",
