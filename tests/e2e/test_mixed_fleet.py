@@ -30,13 +30,13 @@ async def test_models_and_engines_of_one_topic_serve_by_name(tmp_path: Path) -> 
     gguf = make_tiny_gguf(second)
     requests = [greedy(random_prompt(length), NUM_OUTPUT) for length in (5, 40, 100)]
     expected = {"first": generate(first, requests), "second": generate(second, requests)}
-    # The second model is served by both engines.
+    # The second model is served by a pair of each engine.
     kinds = (("transformers", first, "first"), ("transformers", second, "second"), ("llama_cpp", gguf, "second"))
     port = free_port()
     with Fleet() as fleet:
         for shard, (engine, model, name) in enumerate(kinds):
             # One process where nothing is to be learned from two.
-            for role in ("prefill", "decode") if engine == "llama_cpp" else ("mixed",):
+            for role in ("prefill", "decode") if name == "second" else ("mixed",):
                 flags = ("--engine", engine, "--served-model-name", name, "--scheduler-shard", str(shard), *COMMON)
                 fleet.start(
                     f"{role}-{shard}",
@@ -46,12 +46,18 @@ async def test_models_and_engines_of_one_topic_serve_by_name(tmp_path: Path) -> 
         fleet.start("gateway", ("gateway", "--port", str(port), *SHARDS))
         settings = fleet.settings.model_copy(update={"scheduler_shards": 3})
         async with FrontEnd(settings) as frontend, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-            while len(await frontend.instances()) < 4:
+            while len(await frontend.instances()) < 5:
                 fleet.check()
                 await asyncio.sleep(0.1)
             await fleet.wait_for_gateway(port)
-            listed = (await client.get("/v1/models")).json()["data"]
-            assert sorted(model["id"] for model in listed) == ["first", "second"]
+
+            async def listed() -> list[str]:
+                return sorted(model["id"] for model in (await client.get("/v1/models")).json()["data"])
+
+            # The gateway looks at the fleet a few times a second.
+            while await listed() != ["first", "second"]:
+                fleet.check()
+                await asyncio.sleep(0.05)
             pairs = set()
             for model in ("first", "second"):
                 for attempt in range(4):
@@ -78,4 +84,26 @@ async def test_models_and_engines_of_one_topic_serve_by_name(tmp_path: Path) -> 
             unknown = await client.post("/v1/completions", json={"model": "third", "prompt": [5], "max_tokens": 1})
             assert unknown.status_code == 404
             assert "served are: first, second" in unknown.json()["error"]["message"]
+            # One that no shard is left for, and one that was told to join those of the other engine.
+            refusals = {
+                ("third",): ("every shard of topic 'demo' has others", "raise --scheduler-shards"),
+                ("second", "--scheduler-shard", "1"): ("kv.engine 'llama_cpp'", "has 'transformers'"),
+            }
+            started = {}
+            for flags in refusals:
+                command = (
+                    "serve",
+                    "--engine",
+                    "llama_cpp",
+                    "--model",
+                    str(gguf),
+                    *COMMON,
+                    "--served-model-name",
+                    *flags,
+                )
+                started[flags] = fleet.start(flags[0], command)
+                del fleet.members[flags[0]]
+            for flags, texts in refusals.items():
+                assert await asyncio.to_thread(started[flags].process.wait, 60) == 2
+                assert all(text in started[flags].log_tail for text in texts), started[flags].log_tail
         fleet.check()
