@@ -2,8 +2,7 @@
 "kv_connector_module_path": "engine.vllm.connector", "kv_role": "kv_both", ...}'``.
 
 vLLM makes one in its scheduler and one in each worker. ``kv_connector_extra_config`` takes what ``TransferOptions``
-takes (``protocols``, ``secret``, ``bind_host``, ``public_host`` ...), ``transfer_timeout_s``, and ``endpoint_dir``: a
-directory into which each worker writes how its rank is reached.
+takes (``protocols``, ``secret``, ``bind_host``, ``advertise_host`` ...), and what ``ConnectorOptions`` adds to it.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from engine.vllm.lifetime import end_with_parent
 from engine.vllm.options import ConnectorOptions
 from engine.vllm.regions import ModelShape, layout_of
 from engine.vllm.scheduler_side import SchedulerSide, StepPlan
@@ -65,6 +65,8 @@ class SplitwiseConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 "this model has KV caches of several kinds (sliding window beside full attention, or states), which "
                 "the connector does not move: serve it without disaggregation"
             )
+        # Where vLLM forks, or is told not to load plugins, nothing has done so yet.
+        end_with_parent()
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:

@@ -15,6 +15,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from engine.vllm import lifetime
 from engine.vllm.instance import Load, VllmInstance
 from engine.vllm.parts import Part, RunFailed, RunRefused, VllmFailed
 from engine.vllm.registration import registration_of
@@ -89,6 +90,7 @@ class VllmService(VllmInstance):
             },
             **args.get("kv_transfer_config", {}),
         }
+        lifetime.ask_children()
         engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=[self._make_load])
         self._engine = engine
         config = engine.vllm_config

@@ -32,10 +32,10 @@ def request_of(index: int, length: int) -> Request:
 REQUESTS = [request_of(i, length) for i, length in enumerate((*LENGTHS, *LENGTHS))]
 
 
-def start_instance(fleet: Fleet, role: str, index: int, model: Path) -> Member:
+def start_instance(fleet: Fleet, role: str, index: int, model: Path, *more: str) -> Member:
     name = f"{role}-{index}"
     return fleet.start(
-        name, ("serve", "--model", str(model), "--splitwise-role", role, "--instance-name", name, *FLAGS)
+        name, ("serve", "--model", str(model), "--splitwise-role", role, "--instance-name", name, *FLAGS, *more)
     )
 
 
