@@ -3,7 +3,8 @@
 Two instances of one thread each, first as prefill and decode, then the same two processes as mixed ones: TTFT and TPOT
 at a quarter, half and four fifths of what the mixed ones get through. What our hooks cost a step, in µs of CPU, at idle
 (decode alone) and while KV moves. And how much of a transfer is left when a 512-token prompt is computed: from the
-first token to decode's first step, beside the time from the first block that was ready to that step.
+first token (of vLLM: from the last blocks, which are ready before it) to decode's first step, beside the time from the
+first blocks that were ready to that step.
 
 Engines are those that are installed; vLLM's environment has only vLLM: ``make test-vllm`` makes it.
 """
@@ -12,15 +13,18 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.common import Report, parser, table
-from benchmarks.serving.latency import NUM_OUTPUT, PROMPT_TOKENS, compare
+from benchmarks.serving.findings import LONG_PROMPT, NUM_LONG, report_overlap
+from benchmarks.serving.latency import NUM_OUTPUT, PROMPT_TOKENS, compare, one
 from engine.testing import make_tiny_model
+from splitwise_sched.frontend import FrontEnd
 
 FIELDS: dict[str, Any] = {
     "dtype": "float32",
@@ -29,19 +33,19 @@ FIELDS: dict[str, Any] = {
     "max_num_seqs": 16,
 }
 DRIVEN_FIELDS = {**FIELDS, "num_gpu_blocks_override": 512, "num_threads": 1}
-VLLM_FIELDS = {**FIELDS, "max_model_len": 1024, "engine_args": '{"enforce_eager": true}'}
-VLLM_ENV = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
+VLLM_ARGS = {
+    "enforce_eager": True,
+    "kv_transfer_config": {
+        "kv_connector": "NotingConnector",
+        "kv_connector_module_path": "benchmarks.serving.vllm_notes",
+    },
 }
+VLLM_FIELDS = {**FIELDS, "max_model_len": 1024, "engine_args": json.dumps(VLLM_ARGS)}
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
 LARGE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
 ENGINES = {"transformers": "transformers", "llama_cpp": "xllamacpp", "vllm": "vllm"}
 TIMEOUT_S = 900.0
+Rows = TypeVar("Rows")
 
 
 def installed() -> list[str]:
@@ -82,26 +86,41 @@ def main() -> None:
 
 def run(engine: str, model: Path, count: int, report: Report) -> tuple[list[list[object]], ...]:
     """Rows of the three tables."""
+    return run_vllm(model, count, report) if engine == "vllm" else run_driven(engine, model, count, report)
 
-    def within(fields: Mapping[str, Any], path: Path) -> list[list[object]]:
-        return asyncio.run(asyncio.wait_for(compare(engine, path, fields, count, report), TIMEOUT_S))
 
-    if engine == "vllm":
-        from benchmarks.serving import vllm_pair
-
-        os.environ.update(VLLM_ENV)
-        return (within(VLLM_FIELDS, model), *vllm_pair.measure(model, count, report))
+def run_driven(engine: str, model: Path, count: int, report: Report) -> tuple[list[list[object]], ...]:
     from benchmarks.serving import driven
 
     if engine == "llama_cpp":
         from engine.llama_cpp.testing import make_tiny_gguf
 
         model = make_tiny_gguf(model)
-    latencies = within(DRIVEN_FIELDS, model)
-    return (
-        latencies,
-        *asyncio.run(asyncio.wait_for(driven.measure(engine, model, DRIVEN_FIELDS, count, report), TIMEOUT_S)),
-    )
+    latencies = within(compare(engine, model, DRIVEN_FIELDS, count, report))
+    return latencies, *within(driven.measure(engine, model, DRIVEN_FIELDS, count, report))
+
+
+def run_vllm(model: Path, count: int, report: Report) -> tuple[list[list[object]], ...]:
+    from benchmarks.serving import vllm_notes, vllm_pair
+    from engine.vllm.testing import ENVIRONMENT
+
+    os.environ.update(ENVIRONMENT)
+    names = [f"long-{i}" for i in range(NUM_LONG)]
+
+    async def long_prompts(frontend: FrontEnd) -> None:
+        for name in names:
+            await one(frontend, name, LONG_PROMPT, 2)
+
+    with tempfile.TemporaryDirectory(prefix="bench-vllm-") as notes:
+        os.environ[vllm_notes.DIRECTORY] = notes
+        latencies = within(compare("vllm", model, VLLM_FIELDS, count, report, long_prompts))
+        overlaps = vllm_notes.read_overlaps(Path(notes), names)
+    hooks = vllm_pair.measure(model, count, report)
+    return latencies, hooks, report_overlap("vllm", overlaps, report)
+
+
+def within(measurement: Coroutine[Any, Any, Rows]) -> Rows:
+    return asyncio.run(asyncio.wait_for(measurement, TIMEOUT_S))
 
 
 if __name__ == "__main__":

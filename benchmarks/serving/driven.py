@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Report
-from benchmarks.serving.findings import Overlap, report_hooks, report_overlap
-from benchmarks.serving.latency import burst
+from benchmarks.serving.findings import LONG_PROMPT, NUM_LONG, Overlap, report_hooks, report_overlap
+from benchmarks.serving.latency import burst, one
 from engine.demo.fleet import Fleet
 from engine.plugins import load_engine
 from engine.port import BlocksReady, EngineDriver, EngineEvent, TokensOut
@@ -21,9 +21,7 @@ from engine.settings import EngineSettings
 from kv_transfer.options import TransferOptions
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.settings import SchedulerSettings
-from splitwise_sched.types import Request, Role, SamplingParams
-
-LONG_PROMPT, NUM_LONG = 512, 5
+from splitwise_sched.types import Role
 
 
 class Measured(Runner):
@@ -139,10 +137,3 @@ async def measure(
         if key.startswith("long-")
     ]
     return report_hooks(engine, figures, report), report_overlap(engine, found, report)
-
-
-async def one(frontend: FrontEnd, request_id: str, num_prompt: int, num_output: int) -> None:
-    sampling = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
-    prompt = tuple(3 + (7 * i + len(request_id)) % 997 for i in range(num_prompt))
-    async for _ in await frontend.submit(Request(request_id, "bench", prompt, sampling)):
-        pass

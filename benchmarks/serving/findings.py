@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks.common import Report, at_most
 
+LONG_PROMPT, NUM_LONG = 512, 5
 IDLE_LIMIT, MOVING_LIMIT, EXPOSED_LIMIT = 0.03, 0.08, 0.20
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,14 +90,29 @@ async def become(fleet: Fleet, frontend: FrontEnd, roles: dict[int, str]) -> Non
         await asyncio.sleep(0.1)
 
 
-async def compare(
-    engine: str, model: Path, fields: Mapping[str, Any], count: int, report: Report
+async def one(frontend: FrontEnd, request_id: str, num_prompt: int, num_output: int) -> None:
+    sampling = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
+    # No two prompts begin alike: nothing of them is in a prefix cache.
+    rng = random.Random(request_id)
+    prompt = tuple(rng.randrange(3, 1000) for _ in range(num_prompt))
+    async for _ in await frontend.submit(Request(request_id, "bench", prompt, sampling)):
+        pass
+
+
+async def compare(  # noqa: PLR0917
+    engine: str,
+    model: Path,
+    fields: Mapping[str, Any],
+    count: int,
+    report: Report,
+    when_disaggregated: Callable[[FrontEnd], Awaitable[None]] | None = None,
 ) -> list[list[object]]:
     """Rows of the table, for one engine.
 
     Args:
         fields: settings of EngineSettings.
         count: requests a load.
+        when_disaggregated: called once while one instance is prefill and the other decode, and nothing runs.
     """
     flags = [f for name, value in fields.items() for f in (f"--{name.replace('_', '-')}", str(value))]
     timings: dict[tuple[str, float], list[Timing]] = {}
@@ -115,6 +130,8 @@ async def compare(
                 await burst(frontend, f"warm-up-{mode}", 4)
                 for load in LOADS:
                     timings[mode, load] = await poisson(frontend, f"{mode}-{load}", count, load * capacity)
+            if when_disaggregated is not None:
+                await when_disaggregated(frontend)
         fleet.check()
     rows: list[list[object]] = []
     for (mode, load), found in timings.items():

@@ -1,7 +1,8 @@
-"""What the connector's hooks cost vLLM a step, and how much of a transfer vLLM's prefill hides.
+"""What the connector's hooks cost vLLM a step.
 
 A prefill and a decode engine in processes of their own, each wholly in one thread, so that a step's CPU time is that of
-vLLM's scheduler, worker and model together.
+vLLM's scheduler, worker and model together. Under a server they are two processes, of which one waits in a loop: its
+CPU time would make the hooks look small.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Report
-from benchmarks.serving.findings import Overlap, report_hooks, report_overlap
+from benchmarks.serving.findings import report_hooks
 
 START_TIMEOUT_S, ANSWER_TIMEOUT_S = 240.0, 120.0
-LONG_PROMPT, NUM_LONG = 512, 5
 SCHEDULER_HOOKS = ("get_num_new_matched_tokens", "update_state_after_alloc", "build_connector_meta",
                    "update_connector_output", "request_finished_all_groups")  # fmt: skip
 WORKER_HOOKS = ("handle_preemptions", "bind_connector_metadata", "start_load_kv", "wait_for_layer_load",
@@ -63,8 +63,8 @@ class Engine:
         return self.end()
 
 
-def measure(model: Path, count: int, report: Report) -> tuple[list[list[object]], list[list[object]]]:
-    """Rows of two tables: median CPU time a step with and without transfers, and transfers of long prompts."""
+def measure(model: Path, count: int, report: Report) -> list[list[object]]:
+    """Rows of the table: median CPU time a step with and without transfers."""
     with Engine(model) as prefill, Engine(model) as decode:
         for engine in (prefill, decode):
             engine.end(START_TIMEOUT_S)
@@ -76,16 +76,11 @@ def measure(model: Path, count: int, report: Report) -> tuple[list[list[object]]
         figures = {"prefill, KV moves": prefill.ask("medians_us"), "decode, KV comes in": decode.ask("medians_us")}
         decode.ask("generate", [prompt_of(3, 0)], 200, [None])
         figures["decode, idle"] = decode.ask("medians_us")
-        found = []
-        for i in range(NUM_LONG):
-            (name,) = hand_over(prefill, decode, [LONG_PROMPT], 2, f"long-{i}")
-            (begin, prefilled), decoding = prefill.ask("sent", name), decode.ask("decoding", name)
-            found.append(Overlap(begin, prefilled, decoding))
-    return report_hooks("vllm", figures, report), report_overlap("vllm", found, report)
+    return report_hooks("vllm", figures, report)
 
 
-def hand_over(prefill: Engine, decode: Engine, lengths: Sequence[int], num_output: int, name: str) -> list[str]:
-    """Decode asks while prefill computes, as under our scheduler. Returns the transfers' ids."""
+def hand_over(prefill: Engine, decode: Engine, lengths: Sequence[int], num_output: int, name: str) -> None:
+    """Decode asks while prefill computes, as under our scheduler."""
     names = [f"{name}-{i}" for i in range(len(lengths))]
     prompts = [prompt_of(length, i + sum(map(ord, name))) for i, length in enumerate(lengths)]
     sends = [{"do_remote_decode": True, "transfer_id": n} for n in names]
@@ -102,7 +97,6 @@ def hand_over(prefill: Engine, decode: Engine, lengths: Sequence[int], num_outpu
     prefill.ask("generate", prompts, 1, sends)
     if any(count != num_output for count in decode.end()):
         raise SystemExit("vLLM gave fewer tokens than were asked for")
-    return names
 
 
 def prompt_of(length: int, seed: int) -> list[int]:
@@ -149,30 +143,22 @@ def _generate(llm: Any, prompts: list[list[int]], max_tokens: int, transfers: li
 
 
 class _Clock:
-    """CPU time of hooks and of whole steps that computed, and when transfers began and ended."""
+    """CPU time of hooks and of whole steps that computed."""
 
     def __init__(self) -> None:
         self._hooks_s = 0.0
         self._depth = 0
         self._hook_s: list[float] = []
         self._step_s: list[float] = []
-        self._begun: dict[str, float] = {}
-        self._sent: dict[str, float] = {}
-        self._received: dict[str, str] = {}
-        self._decoding: dict[str, float] = {}
 
     def install(self) -> None:
         from vllm.v1.engine.core import EngineCore
 
         from engine.vllm.connector import SplitwiseConnector
-        from engine.vllm.scheduler_side import SchedulerSide
-        from engine.vllm.worker_side import WorkerSide
 
         for name in (*SCHEDULER_HOOKS, *WORKER_HOOKS):
             setattr(SplitwiseConnector, name, self._timed(getattr(SplitwiseConnector, name)))
-        step, send, scheduled = EngineCore.step, WorkerSide._send, SplitwiseConnector.build_connector_meta
-        allocated = SchedulerSide.allocated
-        clock = self
+        step, clock = EngineCore.step, self
 
         def timed_step(core: Any) -> Any:
             clock._hooks_s, start = 0.0, time.thread_time()
@@ -182,26 +168,7 @@ class _Clock:
                 clock._step_s.append(time.thread_time() - start - clock._hooks_s)
             return result
 
-        def noted_send(side: Any, blocks: Any) -> None:
-            clock._begun.setdefault(blocks.transfer_id, time.monotonic())
-            if blocks.is_last:
-                clock._sent[blocks.transfer_id] = time.monotonic()
-            send(side, blocks)
-
-        def noted_allocated(side: Any, request_id: str, raw: Any, *rest: Any) -> None:
-            clock._received[request_id] = raw["transfer_id"]
-            allocated(side, request_id, raw, *rest)
-
-        def noted_scheduled(connector: Any, output: Any) -> Any:
-            for request_id in output.num_scheduled_tokens:
-                if (name := clock._received.get(request_id)) is not None:
-                    clock._decoding.setdefault(name, time.monotonic())
-            return scheduled(connector, output)
-
         EngineCore.step = timed_step
-        WorkerSide._send = noted_send  # type: ignore[method-assign]
-        SchedulerSide.allocated = noted_allocated  # type: ignore[method-assign]
-        SplitwiseConnector.build_connector_meta = noted_scheduled
 
     def _timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -221,11 +188,3 @@ class _Clock:
         self._hook_s.clear()
         self._step_s.clear()
         return found[0], found[1]
-
-    def sent(self, transfer_id: str) -> tuple[float, float]:
-        """When its first blocks were ready, and when its last ones were."""
-        return self._begun[transfer_id], self._sent[transfer_id]
-
-    def decoding(self, transfer_id: str) -> float:
-        """When the first step that computes its request was planned."""
-        return self._decoding[transfer_id]

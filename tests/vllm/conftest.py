@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.engines import VLLM_ENV
+from engine.vllm.testing import ENVIRONMENT
 
 HERE = Path(__file__).parent
 
@@ -32,6 +32,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def vllm_environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in VLLM_ENV.items():
+        for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         yield

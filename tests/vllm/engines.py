@@ -14,14 +14,6 @@ from typing import Any
 
 import psutil
 
-VLLM_ENV = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 BLOCK_SIZE = 32
 START_TIMEOUT_S = 240.0
 ANSWER_TIMEOUT_S = 120.0
