@@ -22,7 +22,7 @@ from engine.vllm.instance import Load, VllmInstance
 from engine.vllm.params import InvalidTransferParams, ReceiveParams, parse_params
 from engine.vllm.parts import Part, RunFailed, RunRefused, VllmFailed
 from engine.vllm.registration import registration_of
-from engine.vllm.server import ServerBusy, ServerGone, ServerSilent, VllmServer
+from engine.vllm.server import LOADS_FAILED, ServerBusy, ServerGone, ServerSilent, VllmServer
 from engine.vllm.versions import check_version
 from kv_transfer.endpoint import RankEndpoint
 from splitwise_sched.errors import ConfigError, SplitwiseError, StoreUnavailable
@@ -73,6 +73,7 @@ class AttachedVllm(VllmInstance):
         self._options = options
         self._server = server
         self._figures: Load = {}
+        self._num_loads_failed = 0
         self._endpoints: tuple[RankEndpoint, ...] = ()
         self._is_suspect = False
         self._look = asyncio.Event()
@@ -130,7 +131,7 @@ class AttachedVllm(VllmInstance):
                 if self._num_failed_in_a_row >= MAX_FAILED_IN_A_ROW:
                     return f"{self._num_failed_in_a_row} runs failed one after the other, though it calls itself well"
                 if time.monotonic() - figures_at >= FIGURES_PERIOD_S:
-                    self._figures, _ = await self._server.figures()
+                    await self._take_figures()
                     figures_at = time.monotonic()
                 self.session.alive(self.load())
                 self._make_room()
@@ -173,7 +174,9 @@ class AttachedVllm(VllmInstance):
         version = await self._server.version()
         check_version(version)
         model = await self._server.served_model(options.served_model_name)
-        self._figures, num_engines = await self._server.figures()
+        # What failed before was for others.
+        self._num_loads_failed = 1 << 63
+        num_engines = await self._take_figures()
         if num_engines > 1:
             raise ConfigError(
                 f"{url} has {num_engines} data-parallel engines, of which each has KV of its own: start one `vllm "
@@ -215,6 +218,15 @@ class AttachedVllm(VllmInstance):
                 '"kv_role": "kv_both"}\''
             )
         return params.source
+
+    async def _take_figures(self) -> int:
+        """Returns how many engines the server has."""
+        figures, num_engines = await self._server.figures()
+        num_failed = int(figures.pop(LOADS_FAILED, 0))
+        self.stats.num_recomputed += max(0, num_failed - self._num_loads_failed)
+        self._num_loads_failed = num_failed
+        self._figures = figures
+        return num_engines
 
     # ---- runs ----------------------------------------------------------------------------------------------------
 

@@ -113,11 +113,11 @@ def part_of(payload: Mapping[str, Any], *, has_logprobs: bool, limit: int) -> Pa
             raise ValueError("token_ids are no token ids")
         if len(token_ids) > limit:
             raise ValueError(f"{len(token_ids)} tokens, where {limit} were left")
-        finish, stop, transfer = (choice.get("finish_reason"), choice.get("stop_reason"), _transfer(payload))
+        finish, stop, transfer = choice.get("finish_reason"), choice.get("stop_reason"), _transfer(payload)
         if not isinstance(finish, str | None) or not isinstance(stop, str | int | None):
             raise ValueError("finish_reason is no text")
         logprobs = _logprobs(token_ids, choice["logprobs"]) if has_logprobs and token_ids else ()
-        return Part(tuple(token_ids), logprobs, finish, stop, _num_cached(payload), transfer)
+        return Part(tuple(token_ids), logprobs, finish, stop, transfer=transfer)
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise RunFailed(f"vLLM's answer cannot be used: {type(exc).__name__} {str(exc)[:200]}") from exc
 
@@ -127,13 +127,6 @@ def _transfer(payload: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if not isinstance(transfer, dict | None):
         raise ValueError("kv_transfer_params is no object")
     return transfer
-
-
-def _num_cached(payload: Mapping[str, Any]) -> int | None:
-    """Told only by a server with --enable-prompt-tokens-details."""
-    details = (payload.get("usage") or {}).get("prompt_tokens_details") or {}
-    count = details.get("cached_tokens")
-    return count if type(count) is int else None
 
 
 def _logprobs(token_ids: list[int], found: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:

@@ -27,6 +27,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from engine.vllm.lifetime import end_with_parent
+from engine.vllm.metrics import LoadStats, PromMetrics
 from engine.vllm.options import ConnectorOptions
 from engine.vllm.regions import ModelShape, layout_of
 from engine.vllm.scheduler_side import SchedulerSide, StepPlan
@@ -124,6 +125,20 @@ class SplitwiseConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, block_ids[0] if block_ids else [])
+
+    def get_kv_connector_stats(self) -> LoadStats | None:
+        counts = None if self._scheduler is None else self._scheduler.take_counts()
+        return None if counts is None else LoadStats.of(counts)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> LoadStats:
+        return LoadStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> PromMetrics:
+        return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # ---- worker --------------------------------------------------------------------------------------------------
 

@@ -77,6 +77,14 @@ class StepPlan:
 
 
 @dataclass(slots=True)
+class LoadCounts:
+    """Loads that ended since the last look."""
+
+    num_ended: int = 0
+    num_failed: int = 0
+
+
+@dataclass(slots=True)
 class _Send:
     transfer_id: str
     num_tokens: int
@@ -100,6 +108,7 @@ class SchedulerSide:
         self._failed: set[str] = set()
         self._refused: set[str] = set()
         self._plan = StepPlan()
+        self._counts = LoadCounts()
 
     # ---- a decode request ----------------------------------------------------------------------------------------
 
@@ -138,8 +147,11 @@ class SchedulerSide:
 
     def received(self, request_ids: Iterable[str], failed: Iterable[str] = ()) -> None:
         """The workers have reported the end of these receives; of some, that their KV did not come."""
-        self._failed.update(self._receiving.intersection(failed))
+        num_before, without_kv = len(self._receiving), self._receiving.intersection(failed)
+        self._failed.update(without_kv)
         self._receiving.difference_update(request_ids)
+        self._counts.num_ended += num_before - len(self._receiving)
+        self._counts.num_failed += len(without_kv)
 
     # ---- a prefill request ---------------------------------------------------------------------------------------
 
@@ -199,6 +211,13 @@ class SchedulerSide:
     def take_plan(self) -> StepPlan:
         plan, self._plan = self._plan, StepPlan()
         return plan
+
+    def take_counts(self) -> LoadCounts | None:
+        """None: nothing has ended."""
+        if not self._counts.num_ended:
+            return None
+        counts, self._counts = self._counts, LoadCounts()
+        return counts
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)

@@ -30,10 +30,13 @@ MAX_ERROR_BYTES = 1 << 16
 REFUSALS = (400, 413, 422)
 # Too much to do; that tells nothing bad of the server.
 BUSY = (429, 503)
+LOADS_FAILED = "kv_loads_failed"
 FIGURES = {
     "vllm:num_requests_running": "running",
     "vllm:num_requests_waiting": "waiting",
     "vllm:kv_cache_usage_perc": "kv_usage",
+    # The connector's own.
+    "vllm:splitwise_kv_loads_failed_total": LOADS_FAILED,
 }
 SAMPLE = re.compile(rb"^(vllm:[a-z_]+)\{([^}]*)\} ([0-9.eE+-]+)", re.MULTILINE)
 ENGINE = re.compile(rb'engine="(\d+)"')
@@ -144,7 +147,7 @@ class VllmServer:
         )
 
     async def figures(self) -> tuple[dict[str, int | float | str], int]:
-        """Its own load, summed over its engines, and how many these are; empty when it keeps none.
+        """What it counts of itself, summed over its engines, and how many these are; empty when it counts nothing.
 
         Raises:
             ServerGone, ServerSilent

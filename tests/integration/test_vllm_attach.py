@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -139,9 +140,10 @@ async def test_prefill_and_decode_are_told_of_one_transfer_and_decode_of_prefill
     }  # fmt: skip
 
 
-async def test_the_lease_carries_the_servers_own_figures_and_address(topics, servers):
+async def test_the_lease_carries_the_servers_own_figures_and_address_and_loads_that_fail_are_counted(topics, servers):
     topic, server = await topics(1.0), await servers()
-    await topic.attach(server, "decode", "d")
+    server.num_loads_failed = 5
+    agent = await topic.attach(server, "decode", "d")
 
     async def renewed() -> Any:
         return fields if "running" in (fields := (await topic.live())["d"].fields) else None
@@ -149,6 +151,9 @@ async def test_the_lease_carries_the_servers_own_figures_and_address(topics, ser
     fields = await until(renewed)
     assert (fields["running"], fields["waiting"], fields["kv_usage"]) == ("3", "2", "0.25")
     assert (fields["vllm"], fields["vllm_url"], fields["capacity_tokens"]) == ("0.32.0", server.url, "8000")
+    assert agent.stats.num_recomputed == 0
+    server.num_loads_failed = 7
+    await until(lambda: agent.stats.num_recomputed == 2)
 
 
 async def test_every_sampling_parameter_arrives_and_logprobs_come_back(topics, servers):
@@ -282,7 +287,9 @@ BROKEN: dict[str, Callable[[dict[str, Any]], bytes]] = {
     "strange-token-ids": lambda body: stream_of(event({"choices": [{"token_ids": ["7"]}]})),
     "negative-token-ids": lambda body: stream_of(event({"choices": [{"token_ids": [-7]}]})),
     "too-many-tokens": lambda body: stream_of(event({"choices": [{"token_ids": [7] * 13}]})),
-    "endless-event": lambda body: stream_of(b"data: " + b"x" * (2 << 20)),
+    "huge-event": lambda body: stream_of(
+        event(b" " * (2 << 20) + json.dumps(chunk(body, 0, tokens_after(PROMPT, 12))).encode())
+    ),
     "an-error-event": lambda body: stream_of(some(body), event({"error": {"message": "x", "code": 400}})),
     "no-end": lambda body: stream_of(some(body), event(b"[DONE]")),
     "broken-off": lambda body: stream_of(some(body)),

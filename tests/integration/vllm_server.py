@@ -42,7 +42,7 @@ def tokens_after(sequence: Iterable[int], count: int) -> list[int]:
 class SmallVllm:
     """
     Attributes:
-        health, version, models, num_engines: what it says of itself.
+        health, version, models, num_engines, num_loads_failed: what it says of itself.
         has_connector: whether it answers with ``kv_transfer_params``.
         holds: says nothing more, on new and old connections, until this is unset.
         hold_after: so many tokens of a stream come; the others after ``release``.
@@ -59,6 +59,7 @@ class SmallVllm:
         self.version: Any = {"version": "0.32.0"}
         self.models: Any = {"data": [{"id": MODEL, "root": "/no/such/model", "max_model_len": 2000}]}
         self.num_engines = 1
+        self.num_loads_failed = 0
         self.has_connector = True
         self.api_key = api_key
         self.hold_after: int | None = None
@@ -214,6 +215,7 @@ class SmallVllm:
             labels = f'{{engine="{engine}",model_name="{MODEL}"}}'
             lines += [f"vllm:num_requests_running{labels} 3.0", f"vllm:num_requests_waiting{labels} 2.0"]
             lines += [f"vllm:kv_cache_usage_perc{labels} 0.25", f"vllm:prompt_tokens_total{labels} 1e+06"]
+            lines.append(f"vllm:splitwise_kv_loads_failed_total{labels} {float(self.num_loads_failed)}")
         return "\n".join(lines) + "\n"
 
 

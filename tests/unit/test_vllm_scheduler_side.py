@@ -9,7 +9,7 @@ from engine.vllm.options import ConnectorOptions
 from engine.vllm.params import InvalidTransferParams, ReceiveParams, SendParams, decode_params, parse_params
 from engine.vllm.plugin import engine_args
 from engine.vllm.regions import ModelShape, layout_of
-from engine.vllm.scheduler_side import OpenSend, SchedulerSide, SendBlocks
+from engine.vllm.scheduler_side import LoadCounts, OpenSend, SchedulerSide, SendBlocks
 from engine.vllm.versions import check_version
 from kv_transfer.endpoint import RankEndpoint, endpoints_to_text
 from kv_transfer.identity import ProcessIdentity
@@ -116,6 +116,8 @@ def test_decode_says_at_the_end_whether_its_kv_did_not_come(side):
     side.received(["came", "lost", "gone"], ["lost", "gone"])
     ends = {request_id: side.finished(request_id, is_complete=True) for request_id in ("came", "lost", "gone")}
     assert ends == {"came": (False, None), "lost": (False, {"kv_load_failed": True}), "gone": (False, None)}
+    assert side.take_counts() == LoadCounts(num_ended=2, num_failed=1)
+    assert side.take_counts() is None
 
 
 def test_a_request_without_parameters_is_none_of_the_connectors(side):

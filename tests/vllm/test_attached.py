@@ -1,0 +1,273 @@
+"""Plain ``vllm serve`` under this scheduler, an agent beside each, and the ``openai`` client at the gateway.
+
+One of the two decode instances is vLLM in our own process instead, so that both kinds form pairs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from engine.demo.fleet import Fleet, free_port
+from splitwise_sched.frontend import FrontEnd
+from splitwise_sched.types import Request, SamplingParams
+from tests.e2e.killing import first
+from tests.e2e.reference import generate
+from tests.engine_drivers import random_prompt
+from tests.vllm.engines import BLOCK_SIZE
+from tests.vllm.serving import VllmServe
+
+READY_S = 300.0
+# The machine may be slow, and a server that is silent for so long is left.
+LEASE = ("--instance-lease-s", "6")
+IN_PROCESS = (
+    "--engine", "vllm", "--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "1024",
+    "--max-num-batched-tokens", "128", "--block-size", str(BLOCK_SIZE), "--engine-args", '{"enforce_eager": true}',
+)  # fmt: skip
+LENGTHS = (5, 17, 31, 32, 33, 40, 63, 64, 65, 96, 100, 127, 128, 129, 150, 200, 256, 300, 333, 400, 500, 512, 640, 700)
+ROUND_TRIPS = 5
+
+
+def requests_of(name: str, num_output: int) -> list[Request]:
+    """One of each length; other prompts for each name."""
+    sampling = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
+    return [
+        Request(f"{name}-{i}", "tiny", random_prompt(length, seed=hash_of(name)), sampling)
+        for i, length in enumerate(LENGTHS)
+    ]
+
+
+def hash_of(name: str) -> int:
+    return sum(name.encode())
+
+
+WHOLE, STREAMED = requests_of("whole", 24), requests_of("streamed", 24)
+AGAIN = {
+    role: [Request(f"again-{role}-{i}", r.model, r.prompt_token_ids, r.sampling) for i, r in enumerate(WHOLE)]
+    for role in ("prefill", "decode")
+}
+KILLS = {name: requests_of(name, 100) for name in ("prefill", "decode", "agent")}
+# Nobody else's: a cache that was filled with wrong KV stays wrong.
+CONTROL = (requests_of("swapped", 24)[-3], requests_of("control", 24)[-3])
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> dict[str, list[int]]:
+    """By transformers: the engines are to agree."""
+    return generate(model, [*WHOLE, *STREAMED, *CONTROL, *(r for requests in KILLS.values() for r in requests)])
+
+
+class Deployment:
+    """
+    Attributes:
+        servers: by the name of the instance that they are.
+    """
+
+    def __init__(self, fleet: Fleet, servers: Mapping[str, VllmServe], gateway: str) -> None:
+        self.fleet, self.servers = fleet, servers
+        self._gateway = gateway
+
+    def client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self._gateway}/v1", api_key="none", timeout=240, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def deployment(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    logs, port = tmp_path_factory.mktemp("logs"), free_port()
+    with Fleet() as fleet, ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(closing(VllmServe(name, model, logs)))
+            for name in ("prefill-0", "prefill-1", "decode-0")
+        }
+        for name, server in servers.items():
+            role = name.partition("-")[0]
+            flags = ("--vllm-url", server.url, "--splitwise-role", role, "--instance-name", name, *LEASE)
+            fleet.start(name, ("attach", *flags))
+        fleet.start(
+            "decode-1",
+            ("serve", "--model", str(model), "--splitwise-role", "decode", "--instance-name", "decode-1", *IN_PROCESS,
+             *LEASE),
+        )  # fmt: skip
+        fleet.start("gateway", ("gateway", "--port", str(port)))
+        for server in servers.values():
+            server.wait_ready()
+        asyncio.run(fleet.wait_for_instances(4, READY_S))
+        asyncio.run(fleet.wait_for_gateway(port))
+        yield Deployment(fleet, servers, f"http://127.0.0.1:{port}")
+
+
+@pytest.fixture
+async def frontend(deployment: Deployment) -> AsyncIterator[FrontEnd]:
+    """For a look at the records."""
+    async with FrontEnd(deployment.fleet.settings) as frontend:
+        yield frontend
+
+
+class Stream:
+    """A request's answer as it comes."""
+
+    def __init__(self, client: openai.AsyncOpenAI, request: Request) -> None:
+        self.request = request
+        self.token_ids: list[int] = []
+        self.task = asyncio.create_task(self._read(client))
+
+    async def _read(self, client: openai.AsyncOpenAI) -> list[int]:
+        async for chunk in await ask(client, self.request, stream=True):
+            for choice in chunk.choices:
+                self.token_ids += getattr(choice, "token_ids", None) or []
+        return self.token_ids
+
+
+async def ask(client: openai.AsyncOpenAI, request: Request, *, stream: bool) -> Any:
+    return await client.completions.create(
+        model="tiny", prompt=list(request.prompt_token_ids), max_tokens=request.sampling.max_tokens, temperature=0,
+        stream=stream, extra_body={"ignore_eos": True, "return_token_ids": True},
+        extra_headers={"X-Request-Id": request.request_id},
+    )  # fmt: skip
+
+
+async def answers_of(streams: Sequence[Stream]) -> dict[str, list[int]]:
+    got = await asyncio.wait_for(asyncio.gather(*(s.task for s in streams)), 240)
+    return {s.request.request_id: tokens for s, tokens in zip(streams, got, strict=True)}
+
+
+def of(requests: Sequence[Request], expected: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    return {r.request_id: expected[r.request_id] for r in requests}
+
+
+async def test_whole_and_streamed_answers_are_those_of_one_engine_and_decode_computed_none_of_the_prompts(
+    deployment, frontend, expected
+):
+    client = deployment.client()
+    whole = await asyncio.gather(*(ask(client, r, stream=False) for r in WHOLE))
+    assert {r.request_id: list(a.choices[0].token_ids) for r, a in zip(WHOLE, whole, strict=True)} == of(
+        WHOLE, expected
+    )
+    assert await answers_of([Stream(client, r) for r in STREAMED]) == of(STREAMED, expected)
+    records = {r: await frontend.request_record(r.request_id) for r in (*WHOLE, *STREAMED)}
+    assert {(r["state"], r["attempts"]) for r in records.values()} == {("done", "1")}
+    pairs = {(r["prefill"].rpartition("-")[0], r["decode"].rpartition("-")[0]) for r in records.values()}
+    assert pairs == {(p, d) for p in ("prefill-0", "prefill-1") for d in ("decode-0", "decode-1")}
+    decode = deployment.servers["decode-0"]
+    decoded = [q for q, r in records.items() if r["decode"].startswith("decode-0")]
+    num_tokens = sum(len(q.prompt_token_ids) for q in decoded)
+    assert decode.metric("vllm:external_prefix_cache_hits_total") > 0.9 * num_tokens
+    assert decode.metric("vllm:splitwise_kv_loads_total") == len(decoded)
+    assert decode.metric("vllm:splitwise_kv_loads_failed_total") == 0
+    assert not any("kv_load_failed" in r for r in records.values())
+
+
+async def test_the_kv_of_another_prompt_gives_other_tokens(deployment, expected):
+    """The tokens above came of the KV that was moved: with the wrong one they are wrong."""
+    right, wrong = CONTROL
+    async with httpx.AsyncClient(timeout=120) as client:
+
+        async def complete(name: str, request: Request, **body: Any) -> Any:
+            url = f"{deployment.servers[name].url}/v1/completions"
+            common = {"model": "tiny", "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+            answer = await client.post(url, json={**common, "prompt": list(request.prompt_token_ids), **body})
+            return answer.json()
+
+        def send(request: Request) -> Any:
+            return complete("prefill-0", request, max_tokens=1, kv_transfer_params={"do_remote_decode": True})
+
+        def receive(request: Request, sent: Any) -> Any:
+            return complete("decode-0", request, max_tokens=24, kv_transfer_params=sent["kv_transfer_params"])
+
+        swapped = await receive(right, await send(wrong))
+        assert swapped["choices"][0]["token_ids"] != expected[right.request_id]
+        straight = await receive(wrong, await send(wrong))
+        assert straight["choices"][0]["token_ids"] == expected[wrong.request_id]
+
+
+async def kill_in_hand(
+    deployment: Deployment,
+    frontend: FrontEnd,
+    streams: Sequence[Stream],
+    name: str,
+    processes: Callable[[], list[psutil.Process]],
+) -> None:
+    """Kill these processes when the instance has a request in hand: its prompt under way, or its answer half out."""
+    role = name.partition("-")[0]
+    server = deployment.servers[name]
+
+    async def is_in_hand(stream: Stream) -> bool:
+        record = await frontend.request_record(stream.request.request_id)
+        is_under_way = len(stream.token_ids) > 10 if role == "decode" else not stream.token_ids
+        return is_under_way and record.get("state") == role and record[role].startswith(name)
+
+    async def caught() -> str | None:
+        for stream in streams:
+            if not await is_in_hand(stream) or await num_running(server) < 1:
+                continue
+            tree = processes()
+            for process in tree:
+                process.suspend()
+            # What was said until then, Redis reads first: that may be the request's end.
+            held = [await is_in_hand(stream) for _ in range(ROUND_TRIPS)]
+            if held[-1]:
+                for process in tree:
+                    process.kill()
+                return name
+            for process in tree:
+                process.resume()
+        return None
+
+    await first(caught)
+
+
+async def num_running(server: VllmServe) -> float:
+    return await asyncio.to_thread(server.metric, "vllm:num_requests_running")
+
+
+@pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
+async def test_a_killed_server_costs_no_request_and_no_token_and_is_back_when_it_is_started_again(
+    deployment, frontend, expected, name
+):
+    role, server, client = name.partition("-")[0], deployment.servers[name], deployment.client()
+    requests = KILLS[role]
+    (before,) = [r for r in await deployment.fleet.wait_for_instances(4, READY_S) if r.name == name]
+    streams = [Stream(client, r) for r in requests]
+    await kill_in_hand(deployment, frontend, streams, name, server.processes)
+    server.kill()
+    assert await answers_of(streams) == of(requests, expected)
+    records = [await frontend.request_record(r.request_id) for r in requests]
+    assert {r["state"] for r in records} == {"done"}
+    assert any(int(r["attempts"]) > 1 and name in r["history"] for r in records), records
+    server.restart()
+    await asyncio.to_thread(server.wait_ready)
+    (after,) = [r for r in await deployment.fleet.wait_for_instances(4, READY_S) if r.name == name]
+    assert after.instance_id != before.instance_id
+    assert after.fields["kv_endpoints"] != before.fields["kv_endpoints"]
+    again = await answers_of([Stream(client, r) for r in AGAIN[role]])
+    assert list(again.values()) == [expected[r.request_id] for r in WHOLE]
+
+
+async def test_a_killed_agent_costs_no_request_and_no_token_and_its_server_drops_what_it_ran(
+    deployment, frontend, expected
+):
+    fleet, server, client = deployment.fleet, deployment.servers["decode-0"], deployment.client()
+    await fleet.wait_for_instances(4, READY_S)
+    streams = [Stream(client, r) for r in KILLS["agent"]]
+    agent = psutil.Process(fleet.members["decode-0"].process.pid)
+    await kill_in_hand(deployment, frontend, streams, "decode-0", lambda: [agent])
+    fleet.kill("decode-0")
+
+    async def is_idle() -> str | None:
+        return None if await num_running(server) else "idle"
+
+    await first(is_idle)
+    assert await answers_of(streams) == of(KILLS["agent"], expected)
+    records = [await frontend.request_record(r.request_id) for r in KILLS["agent"]]
+    assert any(int(r["attempts"]) > 1 and "decode-0" in r["history"] for r in records), records
+    fleet.restart("decode-0")
+    await fleet.wait_for_instances(4, READY_S)
+    fleet.check()
