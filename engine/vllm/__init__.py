@@ -1,4 +1,4 @@
-"""KV transfer and scheduling for vLLM: a KV connector, and an instance that serves under this scheduler.
+"""KV transfer and scheduling for vLLM: a KV connector, an instance with vLLM in its process, and one beside a server.
 
-Nothing here is imported without vLLM but the pure parts: ``params``, ``regions`` and ``scheduler_side``.
+What imports vLLM: ``connector``, ``metrics``, ``sampling`` and ``service``.
 """

@@ -19,12 +19,14 @@ METRICS = {
 class LoadStats(KVConnectorStats):  # type: ignore[misc]
     """Counts since the last look, by the names of ``METRICS``."""
 
+    data: dict[str, int]
+
     @classmethod
     def of(cls, counts: LoadCounts) -> LoadStats:
         return cls(data={"loads": counts.num_ended, "loads_failed": counts.num_failed})
 
     def reset(self) -> None:
-        self.data = {}
+        self.data.clear()
 
     def aggregate(self, other: KVConnectorStats) -> LoadStats:
         return LoadStats(data={name: self.data.get(name, 0) + other.data.get(name, 0) for name in METRICS})
