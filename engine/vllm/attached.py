@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.vllm.completions import body_of, part_of
+from engine.vllm.facts import LOADS_FAILED
 from engine.vllm.hosting import local_dir
 from engine.vllm.instance import Load, VllmInstance
 from engine.vllm.params import InvalidTransferParams, ReceiveParams, parse_params
 from engine.vllm.parts import Part, RunFailed, RunRefused, VllmFailed
 from engine.vllm.registration import registration_of
-from engine.vllm.server import LOADS_FAILED, ServerBusy, ServerGone, ServerSilent, VllmServer
+from engine.vllm.server import ServerBusy, ServerGone, ServerSilent, VllmServer
 from engine.vllm.versions import check_version
 from kv_transfer.endpoint import RankEndpoint
 from splitwise_sched.errors import ConfigError, SplitwiseError, StoreUnavailable
@@ -33,7 +34,8 @@ from splitwise_sched.types import Request, Role, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-HEALTH_PERIOD_S = 0.25
+# At most, and four times a lease; a run that fails asks at once.
+HEALTH_PERIOD_S = 1.0
 FIGURES_PERIOD_S = 1.0
 RETRY_S = 1.0
 # Runs that failed one after the other, with none that succeeded between them, though the server calls itself well.
@@ -121,7 +123,7 @@ class AttachedVllm(VllmInstance):
 
     async def _gone(self) -> str:
         """Watch the server; returns why it is not to be relied on any more."""
-        figures_at = 0.0
+        figures_at, period_s = 0.0, min(HEALTH_PERIOD_S, self._settings.instance_lease_s / 4)
         while True:
             self._look.clear()
             try:
@@ -138,7 +140,7 @@ class AttachedVllm(VllmInstance):
             except (ServerGone, ServerSilent) as exc:
                 return str(exc)
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._look.wait(), HEALTH_PERIOD_S)
+                await asyncio.wait_for(self._look.wait(), period_s)
 
     def _has_room(self) -> bool:
         # What comes now would only fail too.

@@ -118,7 +118,7 @@ def part_of(payload: Mapping[str, Any], *, has_logprobs: bool, limit: int) -> Pa
             raise ValueError("finish_reason is no text")
         logprobs = _logprobs(token_ids, choice["logprobs"]) if has_logprobs and token_ids else ()
         return Part(tuple(token_ids), logprobs, finish, stop, transfer=transfer)
-    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
         raise RunFailed(f"vLLM's answer cannot be used: {type(exc).__name__} {str(exc)[:200]}") from exc
 
 

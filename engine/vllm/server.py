@@ -7,17 +7,15 @@ the run that asked.
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 import ssl
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
 from engine.vllm.completions import END, Events, message_of, payload_of
+from engine.vllm.facts import ServedModel, figures_of, served_models_of, version_of
 from engine.vllm.parts import RunFailed, RunRefused
 from splitwise_sched.errors import ConfigError, SplitwiseError
 
@@ -30,16 +28,6 @@ MAX_ERROR_BYTES = 1 << 16
 REFUSALS = (400, 413, 422)
 # Too much to do; that tells nothing bad of the server.
 BUSY = (429, 503)
-LOADS_FAILED = "kv_loads_failed"
-FIGURES = {
-    "vllm:num_requests_running": "running",
-    "vllm:num_requests_waiting": "waiting",
-    "vllm:kv_cache_usage_perc": "kv_usage",
-    # The connector's own.
-    "vllm:splitwise_kv_loads_failed_total": LOADS_FAILED,
-}
-SAMPLE = re.compile(rb"^(vllm:[a-z_]+)\{([^}]*)\} ([0-9.eE+-]+)", re.MULTILINE)
-ENGINE = re.compile(rb'engine="(\d+)"')
 
 
 class ServerGone(SplitwiseError):
@@ -52,18 +40,6 @@ class ServerSilent(SplitwiseError):
 
 class ServerBusy(RunFailed):
     """The server has too much to do for this run."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """
-    Attributes:
-        root: what the server was told to load, a directory or a hub id.
-    """
-
-    name: str
-    root: str
-    max_model_len: int
 
 
 class VllmServer:
@@ -103,16 +79,13 @@ class VllmServer:
             ConfigError: this is no vLLM.
         """
         status, body = await self._get("/version", MAX_ERROR_BYTES)
-        try:
-            version = json.loads(body)["version"]
-        except (ValueError, RecursionError, TypeError, KeyError):
-            version = None
-        if status != 200 or not isinstance(version, str):
+        version = version_of(body)
+        if status != 200 or version is None:
             raise ConfigError(
                 f"--vllm-url {self.url} is no vLLM: its /version answers {status}, {body[:80]!r}; give the address of "
                 "a `vllm serve`"
             )
-        return version[:80]
+        return version
 
     async def served_model(self, name: str | None) -> ServedModel:
         """
@@ -125,26 +98,19 @@ class VllmServer:
         status, body = await self._get("/v1/models", MAX_ANSWER_BYTES)
         if status in (401, 403):
             raise ConfigError(f"{self.url} refuses the API key ({status}): set SPLITWISE_VLLM_API_KEY to its --api-key")
-        try:
-            cards = {str(card["id"]): card for card in json.loads(body)["data"]}
-            card = cards[next(iter(cards)) if name is None else name]
-            found = ServedModel(str(card["id"]), str(card.get("root") or ""), int(card["max_model_len"]))
-        except KeyError as exc:
-            if name is None or exc.args != (name,) or not cards:
-                raise self._no_models(status, body) from exc
+        models = served_models_of(body)
+        if not models:
             raise ConfigError(
-                f"--served-model-name is {name!r}, but {self.url} serves {', '.join(cards)[:300]}: give one of these"
-            ) from exc
-        except (ValueError, RecursionError, TypeError, StopIteration) as exc:
-            raise self._no_models(status, body) from exc
-        if not 1 <= found.max_model_len < 1 << 31:
-            raise self._no_models(status, body)
-        return found
-
-    def _no_models(self, status: int, body: bytes) -> ConfigError:
-        return ConfigError(
-            f"{self.url}/v1/models answers {status}, {body[:80]!r}, and no model with a length: is it a `vllm serve`?"
-        )
+                f"{self.url}/v1/models answers {status}, {body[:80]!r}, and no model with a length: is it a `vllm "
+                "serve`?"
+            )
+        if name is None:
+            return next(iter(models.values()))
+        if name not in models:
+            raise ConfigError(
+                f"--served-model-name is {name!r}, but {self.url} serves {', '.join(models)[:300]}: give one of these"
+            )
+        return models[name]
 
     async def figures(self) -> tuple[dict[str, int | float | str], int]:
         """What it counts of itself, summed over its engines, and how many these are; empty when it counts nothing.
@@ -153,15 +119,7 @@ class VllmServer:
             ServerGone, ServerSilent
         """
         status, body = await self._get("/metrics", MAX_METRICS_BYTES)
-        figures: dict[str, int | float | str] = {}
-        engines = set()
-        for name, labels, value in SAMPLE.findall(body) if status == 200 else ():
-            if (figure := FIGURES.get(name.decode())) is None:
-                continue
-            engines.update(ENGINE.findall(labels))
-            number = float(value) + float(figures.get(figure, 0))
-            figures[figure] = round(number, 4) if figure == "kv_usage" else int(number)
-        return figures, len(engines)
+        return figures_of(body if status == 200 else b"")
 
     async def complete(self, body: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """Raises RunRefused or RunFailed."""

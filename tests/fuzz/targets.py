@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from engine.handover import Handover, MalformedHandover
+from engine.vllm.completions import Events, message_of, part_of, payload_of
+from engine.vllm.facts import figures_of, served_models_of, version_of
+from engine.vllm.parts import RunFailed, output_of
 from kv_transfer.endpoint import endpoints_from_text
 from kv_transfer.errors import KVTransferError
 from kv_transfer.transports.rdma import orders, wire
@@ -127,6 +130,29 @@ def _cut(data: bytes, begin: int, end: int) -> bytes:
 _HEAD_END = wire.PREFACE_BYTES + wire.REQUEST_HEAD_BYTES
 _PORT = wire.PortAddress(bytes(16), 0, 5, 16, True)
 _IDS = np.arange(3)
+
+
+def vllm_stream(data: bytes) -> None:
+    """As the agent beside a ``vllm serve`` reads a completion."""
+    left = 9
+    for event in Events().feed(data):
+        part = part_of(payload_of(event), has_logprobs=True, limit=left)
+        if part is not None:
+            assert all(0 <= t < 1 << 31 for t in part.token_ids)
+            assert len(part.logprobs) == len(part.token_ids) <= left
+            left -= len(part.token_ids)
+            output = output_of(REQUEST, 1, 0, part, None)
+            if not part.is_broken_off:
+                assert decode_output("r-1", encode_output(output)) == output
+
+
+def vllm_facts(data: bytes) -> None:
+    version_of(data)
+    message_of(data)
+    assert all(1 <= model.max_model_len < 1 << 31 for model in served_models_of(data).values())
+    figures_of(data)
+
+
 TARGETS: dict[str, Target] = {
     "body": Target(body, (InvalidRequest,), (encode_request(REQUEST),)),
     "request_id": Target(request_id, (InvalidRequest,), (b"a-b:1",)),
@@ -170,6 +196,24 @@ TARGETS: dict[str, Target] = {
         (
             orders.pack_order(1, 0, orders.Order(bytes(16), _IDS, _IDS)),
             orders.pack_order(2, 1, orders.Order(bytes(16), _IDS, None, 1, 4096)),
+        ),
+    ),
+    "vllm_stream": Target(
+        vllm_stream,
+        (RunFailed,),
+        (
+            b'data: {"choices": [{"token_ids": [5], "logprobs": {"token_logprobs": [-0.5], "top_logprobs": '
+            b'[{"token_id:5": -0.5, "token_id:6": -1}]}, "finish_reason": "stop", "stop_reason": "x"}]}\n\n',
+        ),
+    ),
+    "vllm_facts": Target(
+        vllm_facts,
+        (),
+        (
+            b'{"version": "0.32.0"}',
+            b'{"data": [{"id": "m", "root": "/m", "max_model_len": 9}]}',
+            b'vllm:num_requests_running{engine="0",model_name="m"} 3.0\nvllm:kv_cache_usage_perc{engine="1"} 0.5\n',
+            b'{"error": {"message": "no", "code": 400}}',
         ),
     ),
     "flags": Target(flags, (ConfigError,), (b"localhost\n6379\n0\nme", b"\n\nx\n-1")),

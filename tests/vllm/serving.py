@@ -19,7 +19,7 @@ from engine.demo.fleet import free_port
 from splitwise_sched.embedded import die_with_parent
 from tests.vllm.engines import BLOCK_SIZE
 
-READY_S = 300.0
+READY_S = 420.0
 CONNECTOR = {
     "kv_connector": "SplitwiseConnector",
     "kv_connector_module_path": "engine.vllm.connector",
