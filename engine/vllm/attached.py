@@ -23,7 +23,7 @@ from engine.vllm.instance import Load, VllmInstance
 from engine.vllm.params import InvalidTransferParams, ReceiveParams, parse_params
 from engine.vllm.parts import Part, RunFailed, RunRefused, VllmFailed
 from engine.vllm.registration import registration_of
-from engine.vllm.server import ServerBusy, ServerGone, ServerSilent, VllmServer
+from engine.vllm.server import ASK_TIMEOUT_S, ServerBusy, ServerGone, ServerSilent, VllmServer
 from engine.vllm.versions import check_version
 from kv_transfer.endpoint import RankEndpoint
 from splitwise_sched.errors import ConfigError, SplitwiseError, StoreUnavailable
@@ -123,24 +123,23 @@ class AttachedVllm(VllmInstance):
 
     async def _gone(self) -> str:
         """Watch the server; returns why it is not to be relied on any more."""
-        figures_at, period_s = 0.0, min(HEALTH_PERIOD_S, self._settings.instance_lease_s / 4)
+        lease_s, figures_at = self._settings.instance_lease_s, 0.0
         while True:
             self._look.clear()
             try:
-                await self._server.check_health(self._settings.instance_lease_s)
-                self.heard_at = time.monotonic()
-                self._is_suspect = False
+                await self._server.check_health(lease_s)
+                self.heard_at, self._is_suspect = time.monotonic(), False
                 if self._num_failed_in_a_row >= MAX_FAILED_IN_A_ROW:
                     return f"{self._num_failed_in_a_row} runs failed one after the other, though it calls itself well"
-                if time.monotonic() - figures_at >= FIGURES_PERIOD_S:
-                    await self._take_figures()
-                    figures_at = time.monotonic()
                 self.session.alive(self.load())
                 self._make_room()
+                if time.monotonic() - figures_at >= FIGURES_PERIOD_S:
+                    await self._take_figures(lease_s / 2)
+                    figures_at = time.monotonic()
             except (ServerGone, ServerSilent) as exc:
                 return str(exc)
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._look.wait(), period_s)
+                await asyncio.wait_for(self._look.wait(), min(HEALTH_PERIOD_S, lease_s / 4))
 
     def _has_room(self) -> bool:
         # What comes now would only fail too.
@@ -178,7 +177,7 @@ class AttachedVllm(VllmInstance):
         model = await self._server.served_model(options.served_model_name)
         # What failed before was for others.
         self._num_loads_failed = 1 << 63
-        num_engines = await self._take_figures()
+        num_engines = await self._take_figures(ASK_TIMEOUT_S)
         if num_engines > 1:
             raise ConfigError(
                 f"{url} has {num_engines} data-parallel engines, of which each has KV of its own: start one `vllm "
@@ -221,9 +220,13 @@ class AttachedVllm(VllmInstance):
             )
         return params.source
 
-    async def _take_figures(self) -> int:
-        """Returns how many engines the server has."""
-        figures, num_engines = await self._server.figures()
+    async def _take_figures(self, timeout_s: float) -> int:
+        """Returns how many engines the server has; 0 when it does not say, which is no reason to leave it."""
+        try:
+            figures, num_engines = await self._server.figures(timeout_s)
+        except ServerSilent as exc:
+            logger.warning("%s", exc)
+            return 0
         num_failed = int(figures.pop(LOADS_FAILED, 0))
         self.stats.num_recomputed += max(0, num_failed - self._num_loads_failed)
         self._num_loads_failed = num_failed

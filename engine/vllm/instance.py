@@ -18,7 +18,7 @@ from typing import Any
 
 from engine.vllm.params import LOAD_FAILED, decode_params
 from engine.vllm.parts import Part, RunFailed, RunRefused, first_output, output_of
-from splitwise_sched.errors import Fenced, SplitwiseError
+from splitwise_sched.errors import Fenced, SplitwiseError, StoreUnavailable
 from splitwise_sched.instance import InstanceSession
 from splitwise_sched.records import DecodeAssigned, Dropped, InstanceEvent, LeaseLost, PrefillAssigned, Registration
 from splitwise_sched.settings import SchedulerSettings
@@ -169,8 +169,12 @@ class VllmInstance(ABC):
     # ---- drain ---------------------------------------------------------------------------------------------------
 
     async def _drain(self, timeout_s: float) -> None:
-        with contextlib.suppress(asyncio.TimeoutError):
+        try:
             await asyncio.wait_for(self._drained(), timeout_s)
+        except asyncio.TimeoutError:
+            logger.warning("%d requests did not end in time and go back to the queue", self.num_held)
+        except StoreUnavailable as exc:
+            logger.warning("%d requests go back to the queue: %s", self.num_held, exc)
         self._ended.set()
 
     async def _drained(self) -> None:

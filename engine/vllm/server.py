@@ -112,13 +112,13 @@ class VllmServer:
             )
         return models[name]
 
-    async def figures(self) -> tuple[dict[str, int | float | str], int]:
+    async def figures(self, timeout_s: float) -> tuple[dict[str, int | float | str], int]:
         """What it counts of itself, summed over its engines, and how many these are; empty when it counts nothing.
 
         Raises:
             ServerGone, ServerSilent
         """
-        status, body = await self._get("/metrics", MAX_METRICS_BYTES)
+        status, body = await self._get("/metrics", MAX_METRICS_BYTES, timeout_s)
         return figures_of(body if status == 200 else b"")
 
     async def complete(self, body: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:

@@ -55,7 +55,8 @@ AGAIN = {
     role: [Request(f"again-{role}-{i}", r.model, r.prompt_token_ids, r.sampling) for i, r in enumerate(WHOLE)]
     for role in ("prefill", "decode")
 }
-KILLS = {name: requests_of(name, 100) for name in ("prefill", "decode", "agent")}
+# Long ones first: they are computed and moved chunk by chunk while the others wait.
+KILLS = {name: requests_of(name, 100)[::-1] for name in ("prefill", "decode", "agent")}
 # Nobody else's: a cache that was filled with wrong KV stays wrong.
 CONTROL = (requests_of("swapped", 24)[-3], requests_of("control", 24)[-3])
 
@@ -185,7 +186,6 @@ async def test_the_kv_of_another_prompt_gives_other_tokens(deployment, expected)
 
 
 async def kill_in_hand(
-    deployment: Deployment,
     frontend: FrontEnd,
     streams: Sequence[Stream],
     name: str,
@@ -193,7 +193,6 @@ async def kill_in_hand(
 ) -> None:
     """Kill these processes when the instance has a request in hand: its prompt under way, or its answer half out."""
     role = name.partition("-")[0]
-    server = deployment.servers[name]
 
     async def is_in_hand(stream: Stream) -> bool:
         record = await frontend.request_record(stream.request.request_id)
@@ -202,7 +201,7 @@ async def kill_in_hand(
 
     async def caught() -> str | None:
         for stream in streams:
-            if not await is_in_hand(stream) or await num_running(server) < 1:
+            if not await is_in_hand(stream):
                 continue
             tree = processes()
             for process in tree:
@@ -225,10 +224,6 @@ def pairs_of(records: Iterable[Mapping[str, str]]) -> set[tuple[str, str]]:
     return {(r["prefill"].rpartition("-")[0], r["decode"].rpartition("-")[0]) for r in records}
 
 
-async def num_running(server: VllmServe) -> float:
-    return await asyncio.to_thread(server.metric, "vllm:num_requests_running")
-
-
 @pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
 async def test_a_killed_server_costs_no_request_and_no_token_and_is_back_when_it_is_started_again(
     deployment, frontend, expected, name
@@ -237,7 +232,7 @@ async def test_a_killed_server_costs_no_request_and_no_token_and_is_back_when_it
     requests = KILLS[role]
     (before,) = [r for r in await deployment.fleet.wait_for_instances(NUM_INSTANCES, READY_S) if r.name == name]
     streams = [Stream(client, r) for r in requests]
-    await kill_in_hand(deployment, frontend, streams, name, server.processes)
+    await kill_in_hand(frontend, streams, name, server.processes)
     server.kill()
     assert await answers_of(streams) == of(requests, expected)
     records = [await frontend.request_record(r.request_id) for r in requests]
@@ -261,11 +256,12 @@ async def test_a_killed_agent_costs_no_request_and_no_token_and_its_server_drops
     await fleet.wait_for_instances(NUM_INSTANCES, READY_S)
     streams = [Stream(client, r) for r in KILLS["agent"]]
     agent = psutil.Process(fleet.members["decode-0"].process.pid)
-    await kill_in_hand(deployment, frontend, streams, "decode-0", lambda: [agent])
+    await kill_in_hand(frontend, streams, "decode-0", lambda: [agent])
     fleet.kill("decode-0")
 
     async def is_idle() -> str | None:
-        return None if await num_running(server) else "idle"
+        num_running = await asyncio.to_thread(server.metric, "vllm:num_requests_running")
+        return None if num_running else "idle"
 
     await first(is_idle)
     assert await answers_of(streams) == of(KILLS["agent"], expected)
