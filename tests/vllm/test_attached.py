@@ -25,7 +25,6 @@ from tests.engine_drivers import random_prompt
 from tests.vllm.engines import BLOCK_SIZE
 from tests.vllm.serving import READY_S, VllmServe
 
-pytestmark = pytest.mark.timeout(900)
 # The machine may be slow, and a server that is silent for so long is left.
 LEASE = ("--instance-lease-s", "6")
 IN_PROCESS = (
