@@ -44,6 +44,7 @@ class Fabric:
 
     Attributes:
         is_stuck: what is posted stays under way, until ``release``.
+        is_deaf: what is posted is carried out, but whoever has posted it does not hear so.
         fail_next: so many signalled operations complete with an error.
         num_reads, num_writes: posted so far.
         num_lost: that were still under way when the other end's queue pair was gone.
@@ -53,7 +54,7 @@ class Fabric:
     """
 
     def __init__(self) -> None:
-        self.is_stuck = False
+        self.is_stuck = self.is_deaf = False
         self.fail_next = 0
         self.num_reads = self.num_writes = self.num_lost = 0
         self.open: Counter[str] = Counter()
@@ -218,7 +219,7 @@ class Fabric:
                     fabric.num_lost, status = fabric.num_lost + 1, 12
                 else:
                     self.copy(request, peer)
-                if self.is_open and (is_signalled or status):
+                if self.is_open and not fabric.is_deaf and (is_signalled or status):
                     self.attributes.scq.push(request.wr_id, status, self.qp_num)
 
             def copy(self, request: Any, peer: Any) -> None:

@@ -268,6 +268,19 @@ def test_more_chunks_than_there_is_room_for_never_overrun_a_queue(fabric: Fabric
     assert_only(destination, range(249, -1, -1), pattern(LAYOUT, 1)[:250])
 
 
+def test_a_source_that_hears_late_of_its_own_answers_does_not_blame_who_has_heard_already(
+    fabric: Fabric, source: End, end: Callable[..., End]
+) -> None:
+    destination = end(2, queue_depth=2, queue_pairs=1)
+    source.allow(TOKEN, range(100))
+    link = link_between(source, destination)
+    fabric.is_deaf = True
+    for number in range(100):
+        link.fetch(number, TOKEN, IDS[number : number + 1], IDS[number : number + 1])
+    assert {destination.next(Fetched).chunk_id for _ in range(100)} == set(range(100))
+    assert destination.transport.counters().get("rebuilds", 0) == 0
+
+
 def test_a_peer_that_answers_what_was_not_asked_loses_its_queue_pairs(
     fabric: Fabric, source: End, destination: End
 ) -> None:
@@ -312,7 +325,7 @@ GOOD = Order(TOKEN, IDS[:1], IDS[:1])
         (pack_order(1, 0, Order(TOKEN, IDS[:0], IDS[:0])), [REGION]),
         (struct.pack("<IHBHH16sQ", 1, 0, 7, 0, 1, TOKEN, 0), [REGION]),
         (struct.pack("<IHBHH16sQ", 1, 0, 0, 0, 65535, TOKEN, 0), [REGION]),
-        (b"".join(pack_order(n, 0, GOOD) for n in range(5)), [REGION]),
+        (b"".join(pack_order(n, 0, GOOD) for n in range(300)), [REGION]),
     ],
     ids=[
         "queue pair that is not there", "number too large", "past the end of the pool", "smaller pool",

@@ -70,13 +70,11 @@ class _Lane:
     """
     Attributes:
         jobs: not wholly posted; the first one is being posted.
-        num_orders: not answered.
         taken: operations that are posted.
     """
 
     pair: QueuePair
     jobs: deque[_Job] = field(default_factory=deque)
-    num_orders: int = 0
     taken: int = 0
 
 
@@ -86,7 +84,6 @@ class _Posted:
     token: bytes
     size: int
     is_write: bool
-    is_last: bool
 
 
 class Pusher(Served):
@@ -182,8 +179,8 @@ class Pusher(Served):
         if lane_index >= len(self._lanes):
             raise BadOrder(f"an order for queue pair {lane_index} of {len(self._lanes)}")
         lane = self._lanes[lane_index]
-        lane.num_orders += 1
-        if lane.num_orders > self._request.num_orders:
+        # Those whose last write is posted do not count: it may have arrived before we hear that it has.
+        if len(lane.jobs) >= self._request.num_orders:
             raise BadOrder(f"more than {self._request.num_orders} orders at a time")
         lease = self._leases.find(order.token, self._session, order.src_ids)
         writes = None if lease is None else self._writes(order, lease.plan)
@@ -218,7 +215,7 @@ class Pusher(Served):
             immediate = pack_answer(job.number, is_refused=False) if is_last else None
             lane.pair.write(writes.operations, writes.target, writes.source, self._next_id, immediate)
             self._count("writes_posted", size)
-        self._posted[self._next_id] = _Posted(lane, job.token, size, writes is not None, is_last)
+        self._posted[self._next_id] = _Posted(lane, job.token, size, writes is not None)
         lane.taken += size
         if is_last:
             lane.jobs.popleft()
@@ -233,7 +230,6 @@ class Pusher(Served):
                 return
             posted = self._posted.pop(completion.wr_id)
             posted.lane.taken -= posted.size
-            posted.lane.num_orders -= posted.is_last
         for lane in list(self._lanes):
             self._pump(lane)
         self._changed()
