@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import signal
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +15,8 @@ import click
 from pydantic import Field
 
 from engine.demo.fleet import READY_TIMEOUT_S, Fleet, free_port
+from engine.plugins import load_engine
+from engine.settings import EngineSettings
 from splitwise_sched.cli.options import settings_command
 from splitwise_sched.errors import ConfigError
 from splitwise_sched.settings import ExplicitSettings
@@ -43,6 +45,12 @@ class DemoSettings(ExplicitSettings):
     )
     prefill_host: str = Field("127.0.0.1", description="Address that prefill instances move KV by.")
     decode_host: str = Field("127.0.0.1", description="Address that decode instances move KV by.")
+    engine: str = Field(
+        "transformers",
+        description="Engine of the instances: transformers, or another that serve drives, such as llama_cpp, with a "
+        "--model of its own (for llama_cpp a GGUF file, tokenizer.json beside it). Answers must equal those of "
+        "generate(), or of that engine alone.",
+    )
     model: str | None = Field(
         None, description="Model directory or hub id. Left out: a small Llama, made and trained on the spot."
     )
@@ -71,6 +79,8 @@ class DemoSettings(ExplicitSettings):
 def command(settings: DemoSettings, json_file: Path | None) -> int:
     """Start Redis, prefill and decode instances and a gateway; send prompts; compare every token with generate().
 
+    With --engine other than transformers, with what that engine makes of them alone.
+
     Exit code 0 only when all tokens are right. Everything that it started is stopped at its end.
     """
     from rich.console import Console
@@ -80,12 +90,57 @@ def command(settings: DemoSettings, json_file: Path | None) -> int:
     for noisy in ("httpx", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     console = Console()
-    model = _model_directory(settings.model, console)
+    subject = _subject(settings, console)
     with Fleet() as fleet:
         try:
-            return asyncio.run(_run(settings, json_file, console, fleet, model))
+            return asyncio.run(_run(settings, json_file, console, fleet, subject))
         except asyncio.CancelledError:
             return 128 + signal.SIGTERM
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """What the instances serve.
+
+    Attributes:
+        model: what ``serve --model`` gets.
+        tokenizer: directory of its tokenizer.
+        reference: what the answers must equal, in words.
+    """
+
+    engine: EngineSettings
+    model: Path
+    tokenizer: Path
+    reference: str
+
+
+def _subject(settings: DemoSettings, console: Console) -> _Subject:
+    """Raises ConfigError: no such engine, or no model or tokenizer where it should be."""
+    if settings.engine == "transformers":
+        directory = _model_directory(settings.model, console)
+        return _Subject(_engine_settings(settings, directory), directory, directory, "generate() of the same model")
+    plugin = load_engine(settings.engine)
+    if settings.model is None:
+        raise ConfigError(f"--engine {settings.engine}: give its --model too; one is made on the spot for transformers")
+    model = Path(settings.model).resolve()
+    engine = _engine_settings(settings, model)
+    tokenizer = plugin.tokenizer_dir(engine)
+    if tokenizer is None:
+        what = "there is no tokenizer.json beside it" if model.exists() else "there is no such file"
+        raise ConfigError(f"--model {settings.model}: {what}; the gateway needs a tokenizer.json, the engine the model")
+    return _Subject(engine, model, tokenizer, f"{settings.engine} alone")
+
+
+def _engine_settings(settings: DemoSettings, model: Path) -> EngineSettings:
+    return EngineSettings(
+        engine=settings.engine,
+        model=str(model),
+        served_model_name=MODEL_NAME,
+        dtype=settings.dtype,
+        device=settings.device,
+        num_gpu_blocks_override=settings.kv_blocks,
+        num_threads=1,
+    )
 
 
 def _model_directory(model: str | None, console: Console) -> Path:
@@ -108,7 +163,9 @@ def _model_directory(model: str | None, console: Console) -> Path:
         ) from exc
 
 
-async def _run(settings: DemoSettings, json_file: Path | None, console: Console, fleet: Fleet, model: Path) -> int:
+async def _run(
+    settings: DemoSettings, json_file: Path | None, console: Console, fleet: Fleet, subject: _Subject
+) -> int:
     import httpx
 
     from engine.demo.client import TIMEOUT_S
@@ -128,8 +185,8 @@ async def _run(settings: DemoSettings, json_file: Path | None, console: Console,
     running = asyncio.current_task()
     assert running is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
-    port = await _start(settings, console, fleet, model)
-    requests = _workload(settings, model)
+    port, max_len = await _start(settings, console, fleet, subject)
+    requests = _workload(settings, subject.tokenizer, max_len)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client:
         faults: dict[str, int] = {}
         failures: list[str] = []
@@ -144,7 +201,7 @@ async def _run(settings: DemoSettings, json_file: Path | None, console: Console,
         server = store.server
     finally:
         await store.close()
-    expected = _reference(settings, console, model, requests)
+    expected = _reference(settings, console, subject, requests)
     right = {(r.prompt_token_ids, r.max_tokens): tokens for r, tokens in zip(requests, expected, strict=True)}
     rows = [
         Row(a, r, right[a.request.prompt_token_ids, a.request.max_tokens])
@@ -153,56 +210,55 @@ async def _run(settings: DemoSettings, json_file: Path | None, console: Console,
     if not settings.chaos:
         print_table(console, rows)
     found = summary(
-        rows, num_prefill=settings.prefill, num_decode=settings.decode, redis_server=server, model=str(model)
+        rows,
+        num_prefill=settings.prefill,
+        num_decode=settings.decode,
+        redis_server=server,
+        model=str(subject.model),
     )
     if settings.chaos:
         found["chaos"] = chaos_facts(rows, faults, failures)
         print_chaos(console, found["chaos"])
-    print_differences(console, rows)
-    print_summary(console, found)
+    print_differences(console, rows, subject.reference)
+    print_summary(console, found, subject.reference)
     if json_file is not None:
         write_json(json_file, found)
     return 0 if found["mismatched"] == 0 and not failures else 1
 
 
-async def _start(settings: DemoSettings, console: Console, fleet: Fleet, model: Path) -> int:
-    """Everything up and healthy; returns the gateway's port."""
+async def _start(settings: DemoSettings, console: Console, fleet: Fleet, subject: _Subject) -> tuple[int, int]:
+    """Everything up and healthy; returns the gateway's port, and how many tokens a request may have on any instance."""
     count = settings.prefill + settings.decode
     protocols = settings.cache_transfer_protocol or {"shm": "ipc,tcp", "tcp": "tcp"}[settings.transport]
     hosts = {"prefill": settings.prefill_host, "decode": settings.decode_host}
     flags = ("--cache-transfer-protocol", protocols, "--dtype", settings.dtype, "--served-model-name", MODEL_NAME,
-             "--device", settings.device,
+             "--device", settings.device, "--engine", settings.engine,
              "--num-gpu-blocks-override", str(settings.kv_blocks))  # fmt: skip
     with console.status(f"{fleet.redis.description}; starting {count} instances and a gateway"):
         for role, number in (("prefill", settings.prefill), ("decode", settings.decode)):
             for index in range(number):
-                fleet.start_instance(role, index, model, (*flags, "--pd-comm-host", hosts[role]))
+                fleet.start_instance(role, index, subject.model, (*flags, "--pd-comm-host", hosts[role]))
         port = free_port()
-        fleet.start("gateway", ("gateway", "--port", str(port), "--model", str(model)))
-        await fleet.wait_for_instances(count, settings.ready_timeout_s)
+        fleet.start("gateway", ("gateway", "--port", str(port), "--model", str(subject.tokenizer)))
+        instances = await fleet.wait_for_instances(count, settings.ready_timeout_s)
         await fleet.wait_for_gateway(port, settings.ready_timeout_s)
     console.print(
         f"{fleet.redis.description} on port {fleet.redis.port}, {settings.prefill} prefill and {settings.decode} "
         f"decode instances, gateway on http://127.0.0.1:{port}/v1"
     )
-    return port
+    return port, min(record.max_model_len for record in instances)
 
 
-def _workload(settings: DemoSettings, model: Path) -> list[DemoRequest]:
+def _workload(settings: DemoSettings, tokenizer_dir: Path, max_len: int) -> list[DemoRequest]:
     from engine.demo.corpus import load_corpus
     from engine.demo.workload import make_workload
     from splitwise_sched.tokenizer import Tokenizer
 
     corpus = load_corpus()
     questions = [ways[0] for ways, _ in corpus.dialogues]
-    tokenizer = Tokenizer.from_pretrained_dir(model)
-    room = min(_max_len(model), (settings.kv_blocks - 1) * KV_BLOCK_SIZE)
+    tokenizer = Tokenizer.from_pretrained_dir(tokenizer_dir)
+    room = min(max_len, (settings.kv_blocks - 1) * KV_BLOCK_SIZE)
     return make_workload(tokenizer, list(corpus.passages), questions, count=settings.requests, max_len=room)
-
-
-def _max_len(model: Path) -> int:
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    return int(config.get("max_position_embeddings") or 2048)
 
 
 async def _send(
@@ -261,11 +317,16 @@ async def _send_in_chaos(
 
 
 def _reference(
-    settings: DemoSettings, console: Console, model: Path, requests: list[DemoRequest]
+    settings: DemoSettings, console: Console, subject: _Subject, requests: list[DemoRequest]
 ) -> list[tuple[int, ...]]:
     from rich.progress import track
 
-    from engine.demo.reference import generate_reference
+    if settings.engine == "transformers":
+        from engine.demo.reference import generate_reference
 
-    answers = generate_reference(model, requests, settings.dtype, settings.device)
-    return list(track(answers, "the same through generate()", total=len(requests), console=console))
+        answers = generate_reference(subject.model, requests, settings.dtype, settings.device)
+    else:
+        from engine.demo.alone import run_alone
+
+        answers = run_alone(subject.engine, requests)
+    return list(track(answers, f"the same by {subject.reference}", total=len(requests), console=console))

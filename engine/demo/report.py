@@ -132,7 +132,8 @@ def _short(instance: str) -> str:
     return f"{role[:1]}{index}" if instance else "-"
 
 
-def print_summary(console: Console, found: Mapping[str, Any]) -> None:
+def print_summary(console: Console, found: Mapping[str, Any], reference: str) -> None:
+    """``reference``: what every answer must equal, in words."""
     ttft, tpot = found["ttft_s"], found["tpot_s"]
     console.print(
         f"{found['requests']} requests on {found['prefill_instances']} prefill and {found['decode_instances']} decode "
@@ -141,13 +142,13 @@ def print_summary(console: Console, found: Mapping[str, Any]) -> None:
         f"over {found['transport']}; {found['redis_server']}"
     )
     if found["mismatched"]:
-        console.print(f"[red]{found['mismatched']} of {found['requests']} answers differ from generate()[/]")
+        console.print(f"[red]{found['mismatched']} of {found['requests']} answers differ from {reference}[/]")
     else:
-        console.print(f"[green]every token of all {found['matched']} answers equals generate() of the same model[/]")
+        console.print(f"[green]every token of all {found['matched']} answers equals {reference}[/]")
 
 
-def print_differences(console: Console, rows: Sequence[Row]) -> None:
-    """Where each wrong answer leaves the right one."""
+def print_differences(console: Console, rows: Sequence[Row], reference: str) -> None:
+    """Where each wrong answer leaves the right one, which ``reference`` gave."""
     for row in rows:
         if row.matches:
             continue
@@ -156,7 +157,7 @@ def print_differences(console: Console, rows: Sequence[Row]) -> None:
             (i for i, pair in enumerate(zip(got, want, strict=False)) if pair[0] != pair[1]), min(len(got), len(want))
         )
         console.print(
-            f"{row.answer.request.request_id}: token {at} is {got[at : at + 5]}, generate() says {want[at : at + 5]}; "
+            f"{row.answer.request.request_id}: token {at} is {got[at : at + 5]}, {reference} says {want[at : at + 5]}; "
             f"{row.instance('prefill')} -> {row.instance('decode')} over {row.lane}"
         )
 

@@ -61,6 +61,29 @@ def test_every_token_of_streams_whose_instances_are_killed_and_stalled_equals_ge
     assert "stopped decode-" in text and "were run again, 0 failed" in text
 
 
+def test_every_token_of_llama_cpp_instances_equals_llama_cpp_alone(model, tmp_path):
+    pytest.importorskip("xllamacpp")
+    testing = pytest.importorskip("engine.llama_cpp.testing")
+    gguf, found_file = testing.make_tiny_gguf(model), tmp_path / "found.json"
+    flags = ("--prefill", 1, "--decode", 2, "--requests", 12, "--kv-blocks", 128, "--json", found_file)
+    done = demo("--engine", "llama_cpp", "--model", gguf, *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "every token of all 12 answers equals llama_cpp alone" in " ".join(done.stdout.split())
+    found = json.loads(found_file.read_text())
+    assert (found["matched"], found["transport"], found["model"]) == (12, "shm", str(gguf))
+    assert found["instances_used"] == ["decode-0", "decode-1", "prefill-0"]
+    alone = gguf.rename(tmp_path / "alone.gguf")
+    for arguments, words in (
+        (("--engine", "llama_cpp"), "--engine llama_cpp: give its --model too"),
+        (("--engine", "llama_cpp", "--model", alone), "there is no tokenizer.json beside it"),
+        (("--engine", "llama_cpp", "--model", gguf), "there is no such file"),
+        (("--engine", "nope"), "--engine nope: there is no such engine; registered are:"),
+    ):
+        done = demo(*arguments)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert words in " ".join(done.stderr.split())
+
+
 def test_model_that_is_nowhere_ends_in_a_paragraph(tmp_path):
     done = demo("--model", tmp_path / "nothing")
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-# Made outside the VM (tests/rdma_vm/suite.py): on an emulated CPU, importing torch takes minutes.
+# A GGUF file, made outside the VM (tests/rdma_vm/suite.py). The engine is llama.cpp: on an emulated CPU, importing
+# transformers takes minutes in each process.
 MODEL = os.environ.get("RDMA_VM_MODEL")
 TIMEOUT_S = int(os.environ.get("RDMA_VM_TIMEOUT_S", "600"))
 
@@ -34,11 +35,12 @@ def received_bytes(interface: str) -> int:
     return int(Path(f"/sys/class/net/{interface}/statistics/rx_bytes").read_text())
 
 
-def test_every_token_equals_generate_and_the_kv_went_over_the_devices(tmp_path: Path) -> None:
+def test_every_token_equals_the_engines_own_and_the_kv_went_over_the_devices(tmp_path: Path) -> None:
     found_file = tmp_path / "found.json"
     packets, size = received_packets("rxe1"), received_bytes("eth1")
     command = [
-        sys.executable, "-m", "splitwise_sched", "demo", "--model", MODEL, "--json", found_file,
+        sys.executable, "-m", "splitwise_sched", "demo", "--engine", "llama_cpp", "--model", MODEL,
+        "--json", found_file,
         "--cache-transfer-protocol", "rdma", "--prefill-host", PREFILL, "--decode-host", DECODE,
         "--prefill", "1", "--decode", "1", "--requests", "6", "--concurrency", "2", "--kv-blocks", "32",
         "--ready-timeout-s", TIMEOUT_S,

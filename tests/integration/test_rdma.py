@@ -206,7 +206,7 @@ def test_thousands_of_transfers_leave_nothing_behind(ranks: contextlib.ExitStack
     layout = KVLayout("transformers", "tiny", "float32", 2, 2, 8, 4, 1000)
     options = with_rdma(OPTIONS, mode)
     source, destination = local(ranks, layout, options, "prefill", 1), local(ranks, layout, options, "decode", 2)
-    count = int(os.environ.get("RDMA_TRANSFERS", "1000"))
+    count = int(os.environ.get("RDMA_TRANSFERS", "10000"))
 
     def move(first: int, count: int) -> None:
         for start in range(first, first + count, 100):
