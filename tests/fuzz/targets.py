@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from engine.handover import Handover, MalformedHandover
+from engine.llama_cpp.blob import HEADER_BYTES, Unsealed, beginning, seal, unseal
 from engine.vllm.completions import Events, message_of, part_of, payload_of
 from engine.vllm.facts import figures_of, served_models_of, version_of
 from engine.vllm.parts import RunFailed, output_of
@@ -132,6 +133,23 @@ _PORT = wire.PortAddress(bytes(16), 0, 5, 16, True)
 _IDS = np.arange(3)
 
 
+def llama_cpp_pieces(data: bytes) -> None:
+    """As decode opens what lies in its blocks, piece after piece."""
+    blocks, done = np.frombuffer(data, np.uint8), beginning("m")
+    while done.num_tokens < len(_INPUT):
+        state, done = unseal(blocks, done, _INPUT)
+        blocks = blocks[HEADER_BYTES + state.nbytes :]
+
+
+def _pieces() -> bytes:
+    first = beginning("m").after(_INPUT[:2])
+    headers = seal(_STATE, beginning("m"), first), seal(_STATE, first, first.after(_INPUT[2:]))
+    return b"".join(header + _STATE.tobytes() for header in headers)
+
+
+_INPUT, _STATE = (5, 6, 7), np.arange(20, dtype=np.uint8)
+
+
 def vllm_stream(data: bytes) -> None:
     """As the agent beside a ``vllm serve`` reads a completion."""
     left = 9
@@ -169,6 +187,7 @@ TARGETS: dict[str, Target] = {
         (MalformedHandover,),
         (b'{"first": "1:0:5", "input_tokens": 3, "prefill_s": 0.5}',),
     ),
+    "llama_cpp_pieces": Target(llama_cpp_pieces, (Unsealed,), (_pieces(),)),
     "completion": Target(
         lambda data: parse_call(CompletionCall, data),
         (ApiError,),
