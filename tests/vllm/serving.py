@@ -25,7 +25,7 @@ CONNECTOR = {
     "kv_connector_module_path": "engine.vllm.connector",
     "kv_role": "kv_both",
     "kv_load_failure_policy": "recompute",
-    "kv_connector_extra_config": {"protocols": "tcp", "checksum": "crc32", "silence_s": 2.0, "heartbeat_s": 0.5},
+    "kv_connector_extra_config": {"protocols": "tcp", "checksum": "crc32", "silence_s": 15.0},
 }
 FLAGS = (
     "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK_SIZE),

@@ -18,6 +18,7 @@ import pytest
 
 from engine.demo.fleet import Fleet, free_port
 from splitwise_sched.frontend import FrontEnd
+from splitwise_sched.records import InstanceRecord
 from splitwise_sched.types import Request, SamplingParams
 from tests.e2e.killing import first
 from tests.e2e.reference import generate
@@ -25,8 +26,8 @@ from tests.engine_drivers import random_prompt
 from tests.vllm.engines import BLOCK_SIZE
 from tests.vllm.serving import READY_S, VllmServe
 
-# The machine may be slow, and a server that is silent for so long is left.
-LEASE = ("--instance-lease-s", "6")
+# Two vLLM servers and a third engine on a machine that may have two cores: whoever is silent for less is only slow.
+PATIENCE = ("--instance-lease-s", "12", "--redis-timeout-s", "60")
 IN_PROCESS = (
     "--engine", "vllm", "--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "1024",
     "--max-num-batched-tokens", "128", "--block-size", str(BLOCK_SIZE), "--engine-args", '{"enforce_eager": true}',
@@ -74,10 +75,18 @@ class Deployment:
 
     def __init__(self, fleet: Fleet, servers: Mapping[str, VllmServe], gateway: str) -> None:
         self.fleet, self.servers = fleet, servers
-        self._gateway = gateway
+        self.settings = fleet.settings.model_copy(update={"redis_timeout_s": 60.0})
+        self.gateway = gateway
 
-    def client(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self._gateway}/v1", api_key="none", timeout=240, max_retries=0)
+    async def all_live(self) -> dict[str, InstanceRecord]:
+        """By name, when all instances have their leases."""
+        deadline = asyncio.get_running_loop().time() + READY_S
+        async with FrontEnd(self.settings) as frontend:
+            while len(records := await frontend.store.live_instances()) < NUM_INSTANCES:
+                self.fleet.check()
+                assert asyncio.get_running_loop().time() < deadline, f"only {records} came"
+                await asyncio.sleep(0.2)
+            return {record.name: record for record in records}
 
 
 @pytest.fixture(scope="module")
@@ -89,23 +98,31 @@ def deployment(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         }
         for name, server in servers.items():
             role = name.partition("-")[0]
-            flags = ("--vllm-url", server.url, "--splitwise-role", role, "--instance-name", name, *LEASE)
+            flags = ("--vllm-url", server.url, "--splitwise-role", role, "--instance-name", name, *PATIENCE)
             fleet.start(name, ("attach", *flags))
-        flags = ("--model", str(model), "--splitwise-role", "mixed", "--instance-name", "mixed-0", *IN_PROCESS, *LEASE)
-        fleet.start("mixed-0", ("serve", *flags))
-        fleet.start("gateway", ("gateway", "--port", str(port)))
+        mixed = ("--model", str(model), "--splitwise-role", "mixed", "--instance-name", "mixed-0")
+        fleet.start("mixed-0", ("serve", *mixed, *IN_PROCESS, *PATIENCE))
+        fleet.start("gateway", ("gateway", "--port", str(port), *PATIENCE))
         for server in servers.values():
             server.wait_ready()
-        asyncio.run(fleet.wait_for_instances(NUM_INSTANCES, READY_S))
+        deployment = Deployment(fleet, servers, f"http://127.0.0.1:{port}")
+        asyncio.run(deployment.all_live())
         asyncio.run(fleet.wait_for_gateway(port))
-        yield Deployment(fleet, servers, f"http://127.0.0.1:{port}")
+        yield deployment
 
 
 @pytest.fixture
 async def frontend(deployment: Deployment) -> AsyncIterator[FrontEnd]:
     """For a look at the records."""
-    async with FrontEnd(deployment.fleet.settings) as frontend:
+    async with FrontEnd(deployment.settings) as frontend:
         yield frontend
+
+
+@pytest.fixture
+async def client(deployment: Deployment) -> AsyncIterator[openai.AsyncOpenAI]:
+    base_url = f"{deployment.gateway}/v1"
+    async with openai.AsyncOpenAI(base_url=base_url, api_key="none", timeout=240, max_retries=0) as client:
+        yield client
 
 
 class Stream:
@@ -141,9 +158,8 @@ def of(requests: Sequence[Request], expected: Mapping[str, list[int]]) -> dict[s
 
 
 async def test_whole_and_streamed_answers_are_those_of_one_engine_and_decode_computed_none_of_the_prompts(
-    deployment, frontend, expected
+    deployment, frontend, client, expected
 ):
-    client = deployment.client()
     whole = await asyncio.gather(*(ask(client, r, stream=False) for r in WHOLE))
     assert {r.request_id: list(a.choices[0].token_ids) for r, a in zip(WHOLE, whole, strict=True)} == of(
         WHOLE, expected
@@ -225,11 +241,11 @@ def pairs_of(records: Iterable[Mapping[str, str]]) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
 async def test_a_killed_server_costs_no_request_and_no_token_and_is_back_when_it_is_started_again(
-    deployment, frontend, expected, name
+    deployment, frontend, client, expected, name
 ):
-    role, server, client = name.partition("-")[0], deployment.servers[name], deployment.client()
+    role, server = name.partition("-")[0], deployment.servers[name]
     requests = KILLS[role]
-    (before,) = [r for r in await deployment.fleet.wait_for_instances(NUM_INSTANCES, READY_S) if r.name == name]
+    before = (await deployment.all_live())[name]
     streams = [Stream(client, r) for r in requests]
     await kill_in_hand(frontend, streams, name, server.processes)
     server.kill()
@@ -241,7 +257,7 @@ async def test_a_killed_server_costs_no_request_and_no_token_and_is_back_when_it
         assert ("prefill-0", "mixed-0") in pairs_of(records)
     server.restart()
     await asyncio.to_thread(server.wait_ready)
-    (after,) = [r for r in await deployment.fleet.wait_for_instances(NUM_INSTANCES, READY_S) if r.name == name]
+    after = (await deployment.all_live())[name]
     assert after.instance_id != before.instance_id
     assert after.fields["kv_endpoints"] != before.fields["kv_endpoints"]
     again = await answers_of([Stream(client, r) for r in AGAIN[role]])
@@ -249,10 +265,10 @@ async def test_a_killed_server_costs_no_request_and_no_token_and_is_back_when_it
 
 
 async def test_a_killed_agent_costs_no_request_and_no_token_and_its_server_drops_what_it_ran(
-    deployment, frontend, expected
+    deployment, frontend, client, expected
 ):
-    fleet, server, client = deployment.fleet, deployment.servers["decode-0"], deployment.client()
-    await fleet.wait_for_instances(NUM_INSTANCES, READY_S)
+    fleet, server = deployment.fleet, deployment.servers["decode-0"]
+    await deployment.all_live()
     streams = [Stream(client, r) for r in KILLS["agent"]]
     agent = psutil.Process(fleet.members["decode-0"].process.pid)
     await kill_in_hand(frontend, streams, "decode-0", lambda: [agent])
@@ -267,5 +283,5 @@ async def test_a_killed_agent_costs_no_request_and_no_token_and_its_server_drops
     records = [await frontend.request_record(r.request_id) for r in KILLS["agent"]]
     assert any(int(r["attempts"]) > 1 and "decode-0" in r["history"] for r in records), records
     fleet.restart("decode-0")
-    await fleet.wait_for_instances(NUM_INSTANCES, READY_S)
+    await deployment.all_live()
     fleet.check()
