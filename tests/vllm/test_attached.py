@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import psutil
 import pytest
 
 from engine.demo.fleet import Fleet, free_port
+from splitwise_sched.errors import StoreUnavailable
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.records import InstanceRecord
 from splitwise_sched.types import Request, SamplingParams
-from tests.e2e.killing import first
 from tests.e2e.reference import generate
 from tests.engine_drivers import random_prompt
 from tests.vllm.engines import BLOCK_SIZE
@@ -34,6 +34,7 @@ IN_PROCESS = (
 )  # fmt: skip
 LENGTHS = (5, 17, 31, 32, 33, 40, 63, 64, 65, 96, 100, 127, 128, 129, 150, 200, 256, 300, 333, 400, 500, 512, 640, 700)
 ROUND_TRIPS = 5
+KILL_S = 180.0
 NUM_INSTANCES = 3
 
 
@@ -75,18 +76,37 @@ class Deployment:
 
     def __init__(self, fleet: Fleet, servers: Mapping[str, VllmServe], gateway: str) -> None:
         self.fleet, self.servers = fleet, servers
-        self.settings = fleet.settings.model_copy(update={"redis_timeout_s": 60.0})
         self.gateway = gateway
 
-    async def all_live(self) -> dict[str, InstanceRecord]:
+    @asynccontextmanager
+    async def frontend(self) -> AsyncIterator[FrontEnd]:
+        """For a look at the records."""
+        settings = self.fleet.settings.model_copy(update={"redis_timeout_s": 60.0})
+        while True:
+            frontend = FrontEnd(settings)
+            try:
+                await frontend.start()
+                break
+            except StoreUnavailable:
+                await asyncio.sleep(1)
+        try:
+            yield frontend
+        finally:
+            await frontend.close()
+
+    async def all_live(self, frontend: FrontEnd) -> dict[str, InstanceRecord]:
         """By name, when all instances have their leases."""
         deadline = asyncio.get_running_loop().time() + READY_S
-        async with FrontEnd(self.settings) as frontend:
-            while len(records := await frontend.store.live_instances()) < NUM_INSTANCES:
-                self.fleet.check()
-                assert asyncio.get_running_loop().time() < deadline, f"only {records} came"
-                await asyncio.sleep(0.2)
-            return {record.name: record for record in records}
+        while len(records := await frontend.store.live_instances()) < NUM_INSTANCES:
+            self.fleet.check()
+            assert asyncio.get_running_loop().time() < deadline, f"only {records} came"
+            await asyncio.sleep(0.2)
+        return {record.name: record for record in records}
+
+    async def ready(self) -> None:
+        async with self.frontend() as frontend:
+            await self.all_live(frontend)
+        await self.fleet.wait_for_gateway(int(self.gateway.rpartition(":")[2]))
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +126,13 @@ def deployment(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         for server in servers.values():
             server.wait_ready()
         deployment = Deployment(fleet, servers, f"http://127.0.0.1:{port}")
-        asyncio.run(deployment.all_live())
-        asyncio.run(fleet.wait_for_gateway(port))
+        asyncio.run(deployment.ready())
         yield deployment
 
 
 @pytest.fixture
 async def frontend(deployment: Deployment) -> AsyncIterator[FrontEnd]:
-    """For a look at the records."""
-    async with FrontEnd(deployment.settings) as frontend:
+    async with deployment.frontend() as frontend:
         yield frontend
 
 
@@ -214,24 +232,28 @@ async def kill_in_hand(
         is_under_way = len(stream.token_ids) > 10 if role == "decode" else not stream.token_ids
         return is_under_way and record.get("state") == role and record[role].startswith(name)
 
-    async def caught() -> str | None:
-        for stream in streams:
-            if not await is_in_hand(stream):
-                continue
+    async def caught() -> bool:
+        found = await asyncio.gather(*map(is_in_hand, streams))
+        for stream in [s for s, is_one in zip(streams, found, strict=True) if is_one]:
             tree = processes()
             for process in tree:
                 process.suspend()
             # What was said until then, Redis reads first: that may be the request's end.
             held = [await is_in_hand(stream) for _ in range(ROUND_TRIPS)]
-            if held[-1]:
-                for process in tree:
-                    process.kill()
-                return name
             for process in tree:
-                process.resume()
-        return None
+                if held[-1]:
+                    process.kill()
+                else:
+                    process.resume()
+            if held[-1]:
+                return True
+        return False
 
-    await first(caught)
+    async def poll() -> None:
+        while not await caught():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+    await asyncio.wait_for(poll(), KILL_S)
 
 
 def pairs_of(records: Iterable[Mapping[str, str]]) -> set[tuple[str, str]]:
@@ -245,7 +267,7 @@ async def test_a_killed_server_costs_no_request_and_no_token_and_is_back_when_it
 ):
     role, server = name.partition("-")[0], deployment.servers[name]
     requests = KILLS[role]
-    before = (await deployment.all_live())[name]
+    before = (await deployment.all_live(frontend))[name]
     streams = [Stream(client, r) for r in requests]
     await kill_in_hand(frontend, streams, name, server.processes)
     server.kill()
@@ -257,7 +279,7 @@ async def test_a_killed_server_costs_no_request_and_no_token_and_is_back_when_it
         assert ("prefill-0", "mixed-0") in pairs_of(records)
     server.restart()
     await asyncio.to_thread(server.wait_ready)
-    after = (await deployment.all_live())[name]
+    after = (await deployment.all_live(frontend))[name]
     assert after.instance_id != before.instance_id
     assert after.fields["kv_endpoints"] != before.fields["kv_endpoints"]
     again = await answers_of([Stream(client, r) for r in AGAIN[role]])
@@ -268,20 +290,17 @@ async def test_a_killed_agent_costs_no_request_and_no_token_and_its_server_drops
     deployment, frontend, client, expected
 ):
     fleet, server = deployment.fleet, deployment.servers["decode-0"]
-    await deployment.all_live()
+    await deployment.all_live(frontend)
     streams = [Stream(client, r) for r in KILLS["agent"]]
     agent = psutil.Process(fleet.members["decode-0"].process.pid)
     await kill_in_hand(frontend, streams, "decode-0", lambda: [agent])
     fleet.kill("decode-0")
 
-    async def is_idle() -> str | None:
-        num_running = await asyncio.to_thread(server.metric, "vllm:num_requests_running")
-        return None if num_running else "idle"
-
-    await first(is_idle)
+    while await asyncio.to_thread(server.metric, "vllm:num_requests_running"):  # noqa: ASYNC110
+        await asyncio.sleep(0.2)
     assert await answers_of(streams) == of(KILLS["agent"], expected)
     records = [await frontend.request_record(r.request_id) for r in KILLS["agent"]]
     assert any(int(r["attempts"]) > 1 and "decode-0" in r["history"] for r in records), records
     fleet.restart("decode-0")
-    await deployment.all_live()
+    await deployment.all_live(frontend)
     fleet.check()
