@@ -107,6 +107,7 @@ class SchedulerSide:
         self._receiving: set[str] = set()
         self._failed: set[str] = set()
         self._refused: set[str] = set()
+        self._preempted: set[str] = set()
         self._plan = StepPlan()
         self._counts = LoadCounts()
 
@@ -127,7 +128,9 @@ class SchedulerSide:
         """Blocks were allocated: for the KV that comes from elsewhere, or for a prompt that is to be sent."""
         params = self._parsed(request_id, raw)
         if isinstance(params, SendParams):
-            if request_id not in self._sends:
+            # Whoever had that name before the request was preempted, or asks for it now, is told that it has failed.
+            is_over = request_id in self._preempted and params.transfer_id is not None
+            if request_id not in self._sends and not is_over:
                 transfer_id = params.transfer_id or f"{request_id[:120]}@{secrets.token_hex(8)}"
                 self._sends[request_id] = _Send(transfer_id, num_prompt)
             return
@@ -179,6 +182,7 @@ class SchedulerSide:
             send = self._sends.pop(request_id, None)
             if send is not None and send.is_opened:
                 self._plan.revoke.append(request_id)
+                self._preempted.add(request_id)
 
     def finished(self, request_id: str, *, is_complete: bool) -> tuple[bool, dict[str, Any] | None]:
         """A request has ended here.
@@ -190,6 +194,7 @@ class SchedulerSide:
             be said of decode's load.
         """
         self._refused.discard(request_id)
+        self._preempted.discard(request_id)
         if request_id in self._receiving:
             # vLLM keeps the blocks itself until the receive is reported.
             self._receiving.discard(request_id)

@@ -86,18 +86,25 @@ class WorkerSide:
             self._open_receive(receive)
 
     def revoke(self, request_ids: list[str]) -> None:
-        """Before vLLM gives these requests' blocks to others: wait until nobody reads them any more."""
+        """Before vLLM gives these requests' blocks to others: wait until nobody reads them any more.
+
+        The end of such a send is reported to nobody: vLLM waits for none, and a later one of the same request has one
+        of its own.
+        """
         waited = [i for i in request_ids if i in self._sends]
         for request_id in waited:
             self._messenger.abort(self._sends[request_id], "its blocks were needed for others")
         deadline = time.monotonic() + self._revoke_s
-        while any(i in self._sends for i in waited):
+        while late := [i for i in waited if i in self._sends]:
             self._collect()
             if time.monotonic() > deadline:
                 # The messenger keeps the lease; a reader that is this late finds its data refused at the end.
-                logger.error("blocks of %d preempted requests may still be read", len(waited))
-                return
+                logger.error("blocks of %d preempted requests may still be read", len(late))
+                for request_id in late:
+                    del self._requests[self._sends.pop(request_id)]
+                break
             time.sleep(REVOKE_POLL_S)
+        self._sent_early.difference_update(request_ids)
 
     def after_forward(self, plan: StepPlan) -> None:
         """The KV of this step is in the pool."""

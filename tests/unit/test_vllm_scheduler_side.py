@@ -71,14 +71,32 @@ def test_an_aborted_prefill_ends_its_transfer_before_its_blocks_are_free(side):
 
 
 def test_blocks_of_a_preempted_prefill_are_revoked_and_never_sent_again(side):
-    side.allocated("r", {"do_remote_decode": True}, [], 0, num_prompt=100)
+    params = {"do_remote_decode": True, "transfer_id": "t"}
+    side.allocated("r", params, [], 0, num_prompt=100)
     side.scheduled("r", [1], 0, 32)
     side.take_plan()
     side.preempted(["r", "stranger"])
     assert side.take_plan().revoke == ["r"]
+    side.allocated("r", params, [5, 6, 7, 8], 0, num_prompt=100)
     side.scheduled("r", [5, 6, 7, 8], 0, 100)
-    assert side.take_plan().send_blocks == []
+    plan = side.take_plan()
+    assert (plan.open_sends, plan.send_blocks) == ([], [])
     assert side.finished("r", is_complete=True) == (False, None)
+
+
+def test_a_preempted_prefill_that_nobody_can_have_asked_for_is_sent_under_another_name(side):
+    side.allocated("r", {"do_remote_decode": True}, [], 0, num_prompt=40)
+    side.scheduled("r", [1], 0, 32)
+    (before,) = side.take_plan().open_sends
+    side.preempted(["r"])
+    side.allocated("r", {"do_remote_decode": True}, [5, 6], 0, num_prompt=40)
+    side.scheduled("r", [5, 6], 0, 40)
+    plan = side.take_plan()
+    assert plan.revoke == ["r"]
+    assert plan.open_sends[0].transfer_id != before.transfer_id
+    assert plan.send_blocks == [SendBlocks("r", plan.open_sends[0].transfer_id, 0, (5, 6), True)]
+    is_kept, answer = side.finished("r", is_complete=True)
+    assert is_kept and answer["transfer_id"] == plan.open_sends[0].transfer_id
 
 
 def test_decode_asks_once_for_what_it_lacks(side):
