@@ -37,14 +37,23 @@ class VllmEngine:
     Args:
         connector: whether it has the KV connector.
         tp_size: with 1, everything runs in the one process, so that ``blocks`` and ``damage`` reach the KV.
+        engine_args: of vLLM's.
+        extra: options of the connector.
     """
 
     def __init__(
-        self, model: Path, *, connector: bool = True, tp_size: int = 1, policy: str = "recompute", **extra: Any
+        self,
+        model: Path,
+        *,
+        connector: bool = True,
+        tp_size: int = 1,
+        policy: str = "recompute",
+        engine_args: dict[str, Any] | None = None,
+        **extra: Any,
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        arguments = (theirs, str(model), connector, tp_size, policy, extra)
+        arguments = (theirs, str(model), connector, tp_size, policy, engine_args or {}, extra)
         self._process = context.Process(target=_main, args=arguments)
         self._process.start()
         theirs.close()
@@ -106,7 +115,13 @@ def start(*engines: VllmEngine) -> None:
 
 
 def _main(  # noqa: PLR0917
-    pipe: Connection, model: str, connector: bool, tp_size: int, policy: str, extra: dict[str, Any]
+    pipe: Connection,
+    model: str,
+    connector: bool,
+    tp_size: int,
+    policy: str,
+    engine_args: dict[str, Any],
+    extra: dict[str, Any],
 ) -> None:
     import os
 
@@ -127,7 +142,7 @@ def _main(  # noqa: PLR0917
         recorder.install()
     llm = LLM(
         model=model, dtype="float32", enforce_eager=True, block_size=BLOCK_SIZE, max_model_len=1024,
-        max_num_batched_tokens=128, tensor_parallel_size=tp_size, **config,
+        max_num_batched_tokens=128, tensor_parallel_size=tp_size, **engine_args, **config,
     )  # fmt: skip
     pipe.send("ready")
     while True:

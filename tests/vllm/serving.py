@@ -16,13 +16,13 @@ import psutil
 import pytest
 
 from engine.demo.fleet import free_port
+from engine.vllm import lifetime
 from splitwise_sched.embedded import die_with_parent
 from tests.vllm.engines import BLOCK_SIZE
 
 READY_S = 420.0
 CONNECTOR = {
     "kv_connector": "SplitwiseConnector",
-    "kv_connector_module_path": "engine.vllm.connector",
     "kv_role": "kv_both",
     "kv_load_failure_policy": "recompute",
     "kv_connector_extra_config": {"protocols": "tcp", "checksum": "crc32", "silence_s": 15.0},
@@ -53,7 +53,12 @@ class VllmServe:
             "tests.vllm.vllm_cli",
         ]
         with self._log.open("ab") as log:
-            return subprocess.Popen([*program, *self._arguments], stdout=log, stderr=subprocess.STDOUT)
+            return subprocess.Popen(
+                [*program, *self._arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, lifetime.VARIABLE: "1"},
+            )
 
     def wait_ready(self) -> None:
         deadline = time.monotonic() + READY_S
@@ -80,6 +85,13 @@ class VllmServe:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait()
+
+    def kill_main(self) -> list[psutil.Process]:
+        """That process alone; those that were below it."""
+        top, *below = self.processes()
+        top.kill()
+        self._process.wait()
+        return below
 
     def restart(self) -> None:
         """At the same address, after ``kill``."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engine.vllm.params import LOAD_FAILED, decode_params
 from tests.engine_drivers import random_prompt
-from tests.vllm.engines import BLOCK_SIZE, VllmEngine, start
+from tests.vllm.engines import BLOCK_SIZE, Answer, VllmEngine, start
 
 LENGTHS = (5, 17, 31, 32, 33, 40, 63, 64, 65, 96, 100, 127, 128, 129, 150, 200, 256, 300, 333, 400, 500, 512, 640, 700)
 PROMPTS = [random_prompt(length) for length in LENGTHS]
@@ -99,3 +101,23 @@ def test_a_prefill_that_died_costs_a_recomputation_or_an_error(model, expected, 
     else:
         assert [a.finish_reason for a in answers] == ["error"] * 4
     assert [a.token_ids for a in later] == expected[:4]
+
+
+def test_a_prefill_that_is_preempted_takes_its_blocks_back_and_decode_computes(model, expected, tmp_path):
+    # They take turns, and then there is room for one of them, whose blocks are kept until decode has them.
+    first, second = PROMPTS[-1], PROMPTS[-2]
+    tight = {"num_gpu_blocks_override": 33, "long_prefill_token_threshold": 64}
+    with VllmEngine(model, engine_args=tight, endpoint_dir=str(tmp_path)) as prefill, VllmEngine(model) as decode:
+        start(prefill, decode)
+        endpoints = (tmp_path / "rank-0").read_text()
+        with ThreadPoolExecutor(1) as thread:
+            sent = thread.submit(prefill.generate, [first, second], 1, [{**SEND, "transfer_id": t} for t in "ab"])
+            (of_second,) = decode.generate([second], NUM_OUTPUT, [decode_params("b", endpoints, len(second))])
+            (of_first,) = decode.generate([first], NUM_OUTPUT, [decode_params("a", endpoints, len(first))])
+            answers = sent.result(60)
+        (later,) = prefill.generate([first], NUM_OUTPUT)
+    assert of_second == Answer(expected[-2], "length", LOAD_FAILED)
+    assert of_first == Answer(expected[-1], "length", None)
+    assert [a.token_ids for a in answers] == [expected[-1][:1], expected[-2][:1]]
+    assert [a.transfer is None for a in answers] == [False, True]
+    assert later.token_ids == expected[-1]

@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from engine.demo.fleet import Fleet
+from tests.vllm.survivors import survivors
 from tests.vllm.test_instances import READY_S, start_instance
 
-GONE_S = 60.0
 # vLLM's engine, two workers, and multiprocessing's resource tracker.
 NUM_BELOW = 4
-
-
-def is_gone(process: psutil.Process) -> bool:
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-async def still_there(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that live after ``GONE_S``; they are nobody's children any more, so there is nothing to await."""
-    deadline = time.monotonic() + GONE_S
-    while (left := [p for p in processes if not is_gone(p)]) and time.monotonic() < deadline:  # noqa: ASYNC110
-        await asyncio.sleep(0.1)
-    return left
 
 
 @pytest.mark.parametrize("moment", ["loads", "serves"])
@@ -48,8 +32,4 @@ async def test_nothing_of_an_instance_outlives_its_main_process(model: Path, mom
         assert len(below) >= NUM_BELOW, below
         fleet.kill("mixed-0")
         fleet.members.clear()
-        left = await still_there(below)
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        assert not left
+        assert not await asyncio.to_thread(survivors, below)

@@ -15,6 +15,7 @@ from splitwise_sched.types import Request, SamplingParams
 from tests.e2e.reference import generate
 from tests.engine_drivers import random_prompt
 from tests.vllm.serving import VllmServe
+from tests.vllm.survivors import survivors
 
 NUM_OUTPUT = 24
 LENGTHS = (5, 31, 32, 33, 64, 100, 129, 200, 300, 400, 512, 700) * 2
@@ -62,3 +63,10 @@ def test_a_proxy_that_passes_the_parameters_on_gets_the_tokens_of_one_engine(ser
     assert {r.request_id: tokens for r, tokens in zip(REQUESTS, got, strict=True)} == expected
     # What decode was given came over the wire, and was not computed there.
     assert servers[1].metric("vllm:external_prefix_cache_hits_total") > 0.9 * sum(LENGTHS)
+
+
+def test_nothing_of_a_killed_server_is_left_where_it_was_asked_for(servers):
+    """The last test here: the server is gone after it."""
+    below = servers[1].kill_main()
+    assert len(below) >= 2, below
+    assert not survivors(below)
