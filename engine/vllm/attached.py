@@ -84,7 +84,7 @@ class AttachedVllm(VllmInstance):
 
     async def start(self) -> None:
         await self._join(await self._found())
-        self._keeper = asyncio.create_task(self._keep())
+        self._keeper = self._start(self._keep())
 
     async def close(self) -> None:
         if self._keeper is not None:
@@ -123,23 +123,35 @@ class AttachedVllm(VllmInstance):
 
     async def _gone(self) -> str:
         """Watch the server; returns why it is not to be relied on any more."""
-        lease_s, figures_at = self._settings.instance_lease_s, 0.0
+        lease_s = timeout_s = self._settings.instance_lease_s
+        figures_at = 0.0
         while True:
             self._look.clear()
             try:
-                await self._server.check_health(lease_s)
-                self.heard_at, self._is_suspect = time.monotonic(), False
+                await self._server.check_health(timeout_s)
+                timeout_s, self._is_suspect = lease_s, False
                 if self._num_failed_in_a_row >= MAX_FAILED_IN_A_ROW:
                     return f"{self._num_failed_in_a_row} runs failed one after the other, though it calls itself well"
-                self.session.alive(self.load())
+                self._hear()
                 self._make_room()
                 if time.monotonic() - figures_at >= FIGURES_PERIOD_S:
                     await self._take_figures(lease_s / 2)
                     figures_at = time.monotonic()
-            except (ServerGone, ServerSilent) as exc:
+            except ServerGone as exc:
                 return str(exc)
+            except ServerSilent as exc:
+                # Its streams may go on; then it is only slow.
+                timeout_s = self.heard_at + lease_s - time.monotonic()
+                if timeout_s <= 0:
+                    return str(exc)
+                continue
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._look.wait(), min(HEALTH_PERIOD_S, lease_s / 4))
+
+    def _hear(self) -> None:
+        """The server has said something."""
+        self.heard_at = time.monotonic()
+        self.session.alive(self._figures)
 
     def _has_room(self) -> bool:
         # What comes now would only fail too.
@@ -244,20 +256,14 @@ class AttachedVllm(VllmInstance):
                 part = await self._completed(request, max_tokens, transfer, key, timeout_s)
                 self._check_sender(part)
                 self._num_failed_in_a_row = 0
+                self._hear()
                 yield part
                 return
-            body = body_of(
-                request, model=self.model, max_tokens=max_tokens, transfer=transfer, key=key, is_streamed=True
-            )
-            left, finish = max_tokens, None
-            async for payload in self._server.stream(body, timeout_s):
-                has_logprobs = request.sampling.logprobs is not None
-                if (found := part_of(payload, has_logprobs=has_logprobs, limit=left)) is not None and finish is None:
-                    left, finish = left - len(found.token_ids), found.finish_reason
+            async with aclosing(self._streamed(request, max_tokens, transfer, key, timeout_s)) as parts:
+                async for part in parts:
                     self._num_failed_in_a_row = 0
-                    yield found
-            if finish is None:
-                raise RunFailed("vLLM ended its stream before its answer")
+                    self._hear()
+                    yield part
         except ServerBusy:
             raise
         except RunFailed:
@@ -266,6 +272,20 @@ class AttachedVllm(VllmInstance):
             self._make_room()
             self._look.set()
             raise
+
+    async def _streamed(
+        self, request: Request, max_tokens: int, transfer: Mapping[str, Any] | None, key: str, timeout_s: float
+    ) -> AsyncGenerator[Part, None]:
+        body = body_of(request, model=self.model, max_tokens=max_tokens, transfer=transfer, key=key, is_streamed=True)
+        left, finish = max_tokens, None
+        async with aclosing(self._server.stream(body, timeout_s)) as events:
+            async for event in events:
+                part = part_of(event, has_logprobs=request.sampling.logprobs is not None, limit=left)
+                if part is not None and finish is None:
+                    left, finish = left - len(part.token_ids), part.finish_reason
+                    yield part
+        if finish is None:
+            raise RunFailed("vLLM ended its stream before its answer")
 
     async def _streamed(
         self, request: Request, max_tokens: int, transfer: Mapping[str, Any] | None, key: str, timeout_s: float

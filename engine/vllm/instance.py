@@ -12,12 +12,12 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from engine.vllm.params import LOAD_FAILED, decode_params
-from engine.vllm.parts import Part, RunFailed, RunRefused, first_output, output_of
+from engine.vllm.parts import Part, RunFailed, RunRefused, VllmFailed, first_output, output_of
 from splitwise_sched.errors import Fenced, SplitwiseError, StoreUnavailable
 from splitwise_sched.instance import InstanceSession
 from splitwise_sched.records import DecodeAssigned, Dropped, InstanceEvent, LeaseLost, PrefillAssigned, Registration
@@ -159,6 +159,18 @@ class VllmInstance(ABC):
             run.cancel()
         if self._runs:
             await asyncio.wait(list(self._runs.values()), timeout=CLOSE_TIMEOUT_S)
+
+    def _start(self, keeper: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """What has to go on as long as the instance; should a bug end it, ``run`` ends too."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (exc := task.exception()) is not None:
+                logger.error("%s failed", keeper.__qualname__, exc_info=exc)
+                self._end(VllmFailed(f"this instance has a bug: {exc!r}"))
+
+        task = asyncio.get_running_loop().create_task(keeper)
+        task.add_done_callback(ended)
+        return task
 
     def _end(self, failure: SplitwiseError) -> None:
         """``run`` ends with this."""

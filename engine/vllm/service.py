@@ -107,7 +107,7 @@ class VllmService(VllmInstance):
             details=self._options.details,
         )
         await self._join(registration)
-        self._keeper = asyncio.create_task(self._keep_alive())
+        self._keeper = self._start(self._keep_alive())
 
     async def close(self) -> None:
         """Hand back what is held, leave the topic, end vLLM. Idempotent."""

@@ -240,6 +240,18 @@ async def test_a_server_that_hangs_is_left_and_when_it_wakes_its_streams_are_end
     await until(lambda: stuck.num_left == 1)
 
 
+async def test_a_server_that_is_slow_to_call_itself_well_stays_while_its_streams_go_on(topics, servers):
+    topic, server = await topics(0.5), await servers()
+    agent = await topic.attach(server, "mixed", "m")
+    before = agent.instance_id
+    server.hold_health()
+    server.pause_s = 0.02
+    assert await topic.ask(request(max_tokens=100)) == tokens_after(PROMPT, 100)
+    assert agent.instance_id == before
+    assert (await topic.frontend.request_record("r"))["attempts"] == "1"
+    await topic.until_gone("m")
+
+
 async def test_a_server_whose_runs_all_fail_leaves_though_it_calls_itself_well_until_one_succeeds(topics, servers):
     topic, bad, good = await topics(), await servers(), await servers()
     await topic.attach(bad, "mixed", "bad")

@@ -46,6 +46,7 @@ class SmallVllm:
         has_connector: whether it answers with ``kv_transfer_params``.
         holds: says nothing more, on new and old connections, until this is unset.
         hold_after: so many tokens of a stream come; the others after ``release``.
+        pause_s: before each token of a stream.
         fault: called with the body of a completion; what it returns is sent as it is, None: the usual answer.
         bodies: of all completions.
         num_open: completions under way.
@@ -64,8 +65,11 @@ class SmallVllm:
         self.api_key = api_key
         self.hold_after: int | None = None
         self.num_open = 0
+        self.pause_s = 0.0
         self._may_speak = asyncio.Event()
         self._may_speak.set()
+        self._may_be_well = asyncio.Event()
+        self._may_be_well.set()
         self._go_on = asyncio.Event()
         self.fault: Callable[[dict[str, Any]], bytes | None] = lambda body: None
         self.bodies: list[dict[str, Any]] = []
@@ -104,6 +108,10 @@ class SmallVllm:
             self._may_speak.clear()
         else:
             self._may_speak.set()
+
+    def hold_health(self) -> None:
+        """``/health`` is not answered any more, all else is."""
+        self._may_be_well.clear()
 
     def release(self) -> None:
         """Hold nothing any more."""
@@ -164,6 +172,7 @@ class SmallVllm:
         if is_guarded and headers.get("authorization") != f"bearer {self.api_key}".lower():
             return answer(401, {"error": "Unauthorized"})
         if path == "/health":
+            await self._may_be_well.wait()
             return answer(self.health, {})
         if path == "/version":
             return self.version if isinstance(self.version, bytes) else answer(200, self.version)
@@ -191,6 +200,7 @@ class SmallVllm:
                 if index == self.hold_after:
                     await self._hold(reader)
                 await self._may_speak.wait()
+                await asyncio.sleep(self.pause_s)
                 writer.write(chunked(event(chunk(body, index, tokens[index : index + 1]))))
                 await writer.drain()
         except ConnectionError:
