@@ -287,20 +287,6 @@ class AttachedVllm(VllmInstance):
         if finish is None:
             raise RunFailed("vLLM ended its stream before its answer")
 
-    async def _streamed(
-        self, request: Request, max_tokens: int, transfer: Mapping[str, Any] | None, key: str, timeout_s: float
-    ) -> AsyncGenerator[Part, None]:
-        body = body_of(request, model=self.model, max_tokens=max_tokens, transfer=transfer, key=key, is_streamed=True)
-        left, finish = max_tokens, None
-        async with aclosing(self._server.stream(body, timeout_s)) as events:
-            async for event in events:
-                part = part_of(event, has_logprobs=request.sampling.logprobs is not None, limit=left)
-                if part is not None and finish is None:
-                    left, finish = left - len(part.token_ids), part.finish_reason
-                    yield part
-        if finish is None:
-            raise RunFailed("vLLM ended its stream before its answer")
-
     async def _completed(
         self, request: Request, max_tokens: int, transfer: Mapping[str, Any], key: str, timeout_s: float
     ) -> Part:

@@ -165,7 +165,7 @@ class VllmInstance(ABC):
 
         def ended(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and (exc := task.exception()) is not None:
-                logger.error("%s failed", keeper.__qualname__, exc_info=exc)
+                logger.error("%s failed", keeper, exc_info=exc)
                 self._end(VllmFailed(f"this instance has a bug: {exc!r}"))
 
         task = asyncio.get_running_loop().create_task(keeper)
