@@ -2,8 +2,8 @@
 
 One object a messenger serves both directions. The messenger decides what is fetched and when; a transport moves
 bytes, in threads of its own or none, and says what has become of them by posting events. Fetching is the same for
-shared memory, for a stream (the source serves requests) and for one-sided reads, so a transport has no say in the
-life of a transfer.
+shared memory, for a stream (the source serves requests), for one-sided reads and for writes that the destination has
+asked for, so a transport has no say in the life of a transfer.
 
 A transport is a class under the entry point group ``kv_transfer.transports``. The suite in
 ``tests/integration/test_kv_conformance.py`` runs on every one that is registered.
