@@ -54,7 +54,7 @@ test-peers: $(VENV)/.dev-installed
 	$(pip) install --constraint $(VENV)/torch-constraint.txt --editable '.[nixl,mooncake]'
 	$(bin)/python -m pytest -rs -k "nixl or mooncake" $(PEER_TESTS) $(PYTEST_ARGS)
 
-# Several VMs, ten minutes each at most: without KVM they are slow, and every wait inside allows for that.
+# Several VMs, ten minutes at most together: without KVM they are slow, and every wait inside allows for that.
 test-rdma: $(VENV)/.dev-installed
 	$(bin)/python -m tests.rdma_vm.suite $(PYTEST_ARGS)
 
