@@ -227,8 +227,7 @@ class AttachedVllm(VllmInstance):
         if not isinstance(params, ReceiveParams):
             raise ConfigError(
                 f"{self._server.url} has no SplitwiseConnector: start it with --kv-transfer-config "
-                '\'{"kv_connector": "SplitwiseConnector", "kv_connector_module_path": "engine.vllm.connector", '
-                '"kv_role": "kv_both"}\''
+                '\'{"kv_connector": "SplitwiseConnector", "kv_role": "kv_both"}\''
             )
         return params.source
 
