@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer import KVLayout
@@ -143,6 +143,7 @@ def test_a_long_stretch_is_cut_at_the_largest_operation() -> None:
     assert [len(some) for some in group(operations, 2)] == [2, 1]
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_merged_operations_move_each_stretch_to_its_place(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 9))

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer.transports.rdma import wire
@@ -27,6 +27,7 @@ TOKEN = bytes(range(16))
 PORT = wire.PortAddress(bytes(16), 7, 5, 16, False)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_an_order_is_read_as_it_was_given(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 20))
@@ -52,6 +53,7 @@ def test_an_answer_fits_an_immediate_and_is_read_as_it_was_given(number: int, is
     assert unpack_answer(immediate) == (number, is_refused)
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=HEAD_BYTES, max_size=HEAD_BYTES))
 def test_no_head_of_an_order_asks_for_more_than_an_order_s_bytes(head: bytes) -> None:
     try:
