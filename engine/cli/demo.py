@@ -69,6 +69,12 @@ class DemoSettings(ExplicitSettings):
     )
     chaos_s: float = Field(60.0, ge=1, le=86_400, description="Seconds that --chaos lasts.")
     kv_blocks: int = Field(1024, ge=8, description="KV blocks of 16 tokens on each instance.")
+    instance_lease_s: float = Field(
+        2.0,
+        ge=0.3,
+        le=300,
+        description="An instance that stands still for so long is dead to the others; a slow machine needs more.",
+    )
     ready_timeout_s: float = Field(
         READY_TIMEOUT_S, gt=0, le=3600, description="How long instances and gateway may take to come up, each."
     )
@@ -231,15 +237,16 @@ async def _start(settings: DemoSettings, console: Console, fleet: Fleet, subject
     count = settings.prefill + settings.decode
     protocols = settings.cache_transfer_protocol or {"shm": "ipc,tcp", "tcp": "tcp"}[settings.transport]
     hosts = {"prefill": settings.prefill_host, "decode": settings.decode_host}
+    lease = ("--instance-lease-s", str(settings.instance_lease_s))
     flags = ("--cache-transfer-protocol", protocols, "--dtype", settings.dtype, "--served-model-name", MODEL_NAME,
              "--device", settings.device, "--engine", settings.engine,
              "--num-gpu-blocks-override", str(settings.kv_blocks))  # fmt: skip
     with console.status(f"{fleet.redis.description}; starting {count} instances and a gateway"):
         for role, number in (("prefill", settings.prefill), ("decode", settings.decode)):
             for index in range(number):
-                fleet.start_instance(role, index, subject.model, (*flags, "--pd-comm-host", hosts[role]))
+                fleet.start_instance(role, index, subject.model, (*flags, *lease, "--pd-comm-host", hosts[role]))
         port = free_port()
-        fleet.start("gateway", ("gateway", "--port", str(port), "--model", str(subject.tokenizer)))
+        fleet.start("gateway", ("gateway", "--port", str(port), "--model", str(subject.tokenizer), *lease))
         instances = await fleet.wait_for_instances(count, settings.ready_timeout_s)
         await fleet.wait_for_gateway(port, settings.ready_timeout_s)
     console.print(
