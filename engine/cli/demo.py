@@ -129,11 +129,12 @@ def _subject(settings: DemoSettings, console: Console) -> _Subject:
     if settings.model is None:
         raise ConfigError(f"--engine {settings.engine}: give its --model too; one is made on the spot for transformers")
     model = Path(settings.model).resolve()
+    if not model.exists():
+        raise ConfigError(f"--model {settings.model}: there is no such file")
     engine = _engine_settings(settings, model)
     tokenizer = plugin.tokenizer_dir(engine)
     if tokenizer is None:
-        what = "there is no tokenizer.json beside it" if model.exists() else "there is no such file"
-        raise ConfigError(f"--model {settings.model}: {what}; the gateway needs a tokenizer.json, the engine the model")
+        raise ConfigError(f"--model {settings.model}: there is no tokenizer.json beside it, which the gateway needs")
     return _Subject(engine, model, tokenizer, f"{settings.engine} alone")
 
 
