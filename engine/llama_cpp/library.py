@@ -21,7 +21,7 @@ logger = logging.getLogger("engine.llama_cpp")
 
 PACKAGE = "xllamacpp"
 VERSION = "2026.10.11549"
-REMEDY = "pip install 'splitwise-sched[llama_cpp]'"
+REMEDY = "pip install 'splitwise-sched[llama-cpp]'"
 # llama.cpp has one more, which carries KV in and out.
 MAX_SEQUENCES = 255
 FLASH_ATTENTION_OFF = 0
