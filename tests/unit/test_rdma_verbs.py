@@ -1,16 +1,19 @@
-"""A pyverbs that is missing, that does not fit, or that meddles with logging."""
+"""A pyverbs that is missing, that does not fit, that meddles with logging, or that does not tell its descriptors."""
 
 from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from kv_transfer.errors import RdmaUnavailable
 from kv_transfer.transports.rdma import verbs
+from kv_transfer.transports.rdma.device import close_descriptor, opened_descriptor
 
 
 @pytest.fixture
@@ -82,3 +85,19 @@ def test_the_distributions_pyverbs_is_found_whatever_its_release_and_logging_sta
         root.handlers = before
     assert (found.enums.IBV_QPT_RC, found.DmaBufMR) == (2, None)
     assert str(packages) in sys.modules["pyverbs"].__path__[0]
+
+
+def test_no_descriptor_is_closed_while_a_new_one_is_looked_for() -> None:
+    """The new one would get its number, and not be found."""
+    closed = threading.Event()
+    made = SimpleNamespace(close=closed.set)
+    closing = threading.Thread(target=close_descriptor, args=(made,))
+
+    def make() -> object:
+        closing.start()
+        assert not closed.wait(0.2)
+        return object()
+
+    opened_descriptor(make)
+    closing.join(10)
+    assert closed.is_set()

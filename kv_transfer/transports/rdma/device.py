@@ -30,7 +30,7 @@ MAX_READ_DEPTH = 16
 MAX_BATCH = 32
 MIN_RNR_TIMER, RETRY_COUNT = 12, 7
 _HOP_LIMIT = 64
-# Finding the descriptor that pyverbs has just opened must not see the one of another thread.
+# Finding the descriptor that pyverbs has just opened must not see what another thread opens or closes.
 _opening = threading.Lock()
 
 
@@ -185,9 +185,9 @@ class Device:
         """Give up everything that was made in it; what is registered and connected must be closed before."""
         for requests in (self.reads, self.writes, self.words):
             requests.close()
-        for thing in (self.pd, self.context):
+        for close in (self.pd.close, lambda: close_descriptor(self.context)):
             try:
-                thing.close()
+                close()
             except self.verbs.Error:
                 # The device is gone, and has taken it along.
                 pass
@@ -253,6 +253,12 @@ def opened_descriptor(make: Callable[[], Any]) -> tuple[Any, int]:
         before = _event_descriptors()
         made = make()
         return made, max(_event_descriptors() - before, default=-1)
+
+
+def close_descriptor(made: Any) -> None:
+    """Close what ``opened_descriptor`` gave: not while another thread compares what is open, as numbers come again."""
+    with _opening:
+        made.close()
 
 
 def _event_descriptors() -> set[int]:

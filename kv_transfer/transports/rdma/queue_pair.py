@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from kv_transfer.transports.rdma.device import MIN_RNR_TIMER, RETRY_COUNT, Device, new_psn, opened_descriptor
+from kv_transfer.transports.rdma.device import (
+    MIN_RNR_TIMER,
+    RETRY_COUNT,
+    Device,
+    close_descriptor,
+    new_psn,
+    opened_descriptor,
+)
 from kv_transfer.transports.rdma.operations import Operation
 from kv_transfer.transports.rdma.requests import LocalRegion, immediate_of
 from kv_transfer.transports.rdma.wire import PairAddress, PortAddress, RemoteRegion
@@ -54,7 +61,7 @@ class CompletionQueue:
             self.verbs_queue = verbs.CQ(device.context, capacity, None, self._channel, 0)
             self.verbs_queue.req_notify()
         except (verbs.Error, OSError):
-            self._channel.close()
+            close_descriptor(self._channel)
             raise
 
     def take(self) -> list[Completion]:
@@ -83,7 +90,7 @@ class CompletionQueue:
     def close(self) -> None:
         """After all queue pairs on it."""
         self.verbs_queue.close()
-        self._channel.close()
+        close_descriptor(self._channel)
 
 
 class QueuePair:
