@@ -72,7 +72,7 @@ $(VLLM_VENV)/.installed: setup.cfg pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet install $(VLLM)
 	$(VLLM_VENV)/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[gateway,embedded,llama-cpp]' \
-	    gguf httpx openai psutil pytest pytest-asyncio pytest-timeout hypothesis safetensors
+	    gguf httpx openai psutil pytest pytest-asyncio pytest-rerunfailures pytest-timeout hypothesis safetensors
 	touch $@
 
 gpu-wheels:
