@@ -53,7 +53,7 @@ def test_llama_cpp_without_its_wheel_says_what_to_install(monkeypatch) -> None:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", absent)
-    with pytest.raises(ConfigError, match=rf"needs xllamacpp {library.VERSION}.*'splitwise-sched\[llama_cpp"):
+    with pytest.raises(ConfigError, match=rf"needs xllamacpp {library.VERSION}.*'splitwise-sched\[llama-cpp"):
         library.load_library.__wrapped__()
 
 
