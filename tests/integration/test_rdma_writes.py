@@ -129,11 +129,8 @@ def assert_only(destination: End, dst_ids: Sequence[int], wanted: np.ndarray) ->
     assert differing(LAYOUT, destination.view[:256], expected[:256]) == []
 
 
-def test_what_is_on_the_wire_when_a_link_has_said_cancelled_lands_nowhere(
-    fabric: Fabric, source: End, end: Callable[..., End]
-) -> None:
-    destination = end(2, queue_pairs=1)
-    link = warm_link_between(source, destination)
+def fetch_two_of_which_one_is_stuck(fabric: Fabric, source: End, link: Link) -> None:
+    """TOKEN's writes stay on the wire; OTHER is asked for behind them."""
     for token, ids in ((TOKEN, range(40)), (OTHER, range(40, 60))):
         source.allow(token, ids)
     fabric.is_stuck = True
@@ -141,6 +138,14 @@ def test_what_is_on_the_wire_when_a_link_has_said_cancelled_lands_nowhere(
     wait_for(lambda: fabric.num_held > 0)
     link.fetch(2, OTHER, IDS[40:60], IDS[100:120])
     fabric.is_stuck = False
+
+
+def test_what_is_on_the_wire_when_a_link_has_said_cancelled_lands_nowhere(
+    fabric: Fabric, source: End, end: Callable[..., End]
+) -> None:
+    destination = end(2, queue_pairs=1)
+    link = warm_link_between(source, destination)
+    fetch_two_of_which_one_is_stuck(fabric, source, link)
     # The source is not told: what it has posted stays under way.
     link.cancel(TOKEN)
     assert destination.next(Cancelled).token == TOKEN
@@ -194,13 +199,7 @@ def test_a_revoked_transfer_whose_writes_do_not_end_costs_its_queue_pairs_and_no
     destination = end(2, queue_pairs=1)
     # Nothing has ever gone over this link: what the source gives up must not be taken for a link that does not work.
     link = link_between(source, destination)
-    for token, ids in ((TOKEN, range(40)), (OTHER, range(40, 60))):
-        source.allow(token, ids)
-    fabric.is_stuck = True
-    link.fetch(1, TOKEN, IDS[:40], IDS[:40])
-    wait_for(lambda: fabric.num_held > 0)
-    link.fetch(2, OTHER, IDS[40:60], IDS[100:120])
-    fabric.is_stuck = False
+    fetch_two_of_which_one_is_stuck(fabric, source, link)
     source.revoke(TOKEN)
     assert source.next(Revoked).token == TOKEN
     source.view[:40] = 0xEE
