@@ -23,6 +23,7 @@ from splitwise_sched.errors import (
     StoreUnavailable,
 )
 from splitwise_sched.intake import Intake, Room
+from splitwise_sched.lease import Lease
 from splitwise_sched.outputs import encode_output
 from splitwise_sched.placement import choose_shard, has_company, no_shard_left, one_at_a_time, open_to, take_census
 from splitwise_sched.records import (
@@ -40,8 +41,6 @@ from splitwise_sched.types import Output, Role, check_id
 logger = logging.getLogger(__name__)
 
 HELD_POLL_S = 0.02
-# So many that a Redis which stands still for three quarters of a lease costs nobody its place.
-RENEWALS_A_LEASE = 4.5
 REREGISTER_PAUSE_S = 1.0
 
 
@@ -65,11 +64,9 @@ class InstanceSession:
         self._settings = settings
         self._registration = registration
         self._emit = on_event
-        self._lease_ms = int(settings.instance_lease_s * 1000)
         self._retain_ms = int(settings.scheduler_ttl * 1000)
         self._room = Room()
-        self._load: dict[str, int | float | str] = {}
-        self._alive_at = 0.0
+        self._lease = Lease(settings.instance_lease_s)
         self._runs = Runs(self._emit)
         self._intake: Intake | None = None
         self._avoided_until: dict[tuple[str, str], float] = {}
@@ -187,7 +184,7 @@ class InstanceSession:
 
     async def _register(self) -> None:
         instance_id = f"{self._registration.name}-{secrets.token_hex(4)}"
-        reply = await self.store.register(instance_id, self._registration, self._lease_ms)
+        reply = await self.store.register(instance_id, self._registration, self._lease.lease_ms)
         if reply[0] != "OK":
             _, other, field, theirs = reply
             mine = self._registration.kind[field]
@@ -203,7 +200,10 @@ class InstanceSession:
             model=self._registration.model, has_shards=self._settings.scheduler_shards > 1, retain_ms=self._retain_ms,
             emit=self._emit, give_back=self.give_back, lose=self._lose,
         )  # fmt: skip
-        self._tasks = [self._start(self._keep_lease()), self._start(self._intake.read_inbox())]
+        self._tasks = [
+            self._start(self._lease.keep(self.store, instance_id, self._lose)),
+            self._start(self._intake.read_inbox()),
+        ]
         if self._is_free_to_choose:
             self._tasks.append(self._start(self._look_for_company()))
         if not self._is_draining and self._registration.role is not Role.DECODE:
@@ -232,6 +232,7 @@ class InstanceSession:
             with contextlib.suppress(StoreUnavailable):
                 # What it still held goes on elsewhere without waiting for a sweeper.
                 await self._leave()
+            await self._lease.until_alive(self._registration.name)
             while True:
                 try:
                     await self._take_place(wants_company=self._wants_company)
@@ -289,9 +290,7 @@ class InstanceSession:
 
     def alive(self, load: Mapping[str, int | float | str] | None = None) -> None:
         """The serving loop is going round. Without this the lease lapses after ``instance_lease_s``."""
-        self._alive_at = asyncio.get_running_loop().time()
-        if load is not None:
-            self._load = dict(load)
+        self._lease.alive(load)
 
     def set_room(self, num_requests: int) -> None:
         """How many more prompts the engine would take now; nothing is claimed beyond that."""
@@ -389,17 +388,3 @@ class InstanceSession:
         if isinstance(reply, Exception):
             # What was to be told is lost with it, so others must take the work over.
             self._lose(f"Redis did not take its outputs: {reply}")
-
-    # ---- tasks ---------------------------------------------------------------------------------------------------
-
-    async def _keep_lease(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(self._settings.instance_lease_s / RENEWALS_A_LEASE)
-            if loop.time() - self._alive_at > self._settings.instance_lease_s:
-                logger.warning("the serving loop has not come round for %.1f s", loop.time() - self._alive_at)
-                continue
-            with contextlib.suppress(StoreUnavailable):
-                if not await self.store.renew(self.instance_id, self._lease_ms, self._load):
-                    self._lose(f"the lease of {self._settings.instance_lease_s:g} s was not renewed in time")
-                    return

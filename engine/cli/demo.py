@@ -67,7 +67,9 @@ class DemoSettings(ExplicitSettings):
     chaos: bool = Field(
         False, description="Kill, restart and stall instances meanwhile; all requests stream at once, again and again."
     )
-    chaos_s: float = Field(60.0, ge=1, le=86_400, description="Seconds that --chaos lasts.")
+    chaos_s: float = Field(
+        60.0, ge=1, le=86_400, description="Seconds that --chaos lasts; longer if its first kills and stop take longer."
+    )
     kv_blocks: int = Field(1024, ge=8, description="KV blocks of 16 tokens on each instance.")
     instance_lease_s: float = Field(
         2.0,
@@ -303,7 +305,7 @@ async def _send_in_chaos(
     """All streams at once, again and again, while instances are killed; what failed, and what was done to them."""
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-    from engine.demo.chaos import Chaos
+    from engine.demo.chaos import FIRST_TURN_TIMEOUT_S, Chaos
     from engine.demo.client import keep_completing
 
     columns = (TextColumn("{task.description}: {task.completed} answers"), TimeElapsedColumn())
@@ -312,9 +314,14 @@ async def _send_in_chaos(
         chaos = Chaos(fleet, settings.prefill + settings.decode, progress.console.print)
         doing = asyncio.create_task(chaos.run())
         until = time.monotonic() + settings.chaos_s
+
+        def goes_on() -> bool:
+            wanted_s = 0 if chaos.had_each_fault or doing.done() else FIRST_TURN_TIMEOUT_S
+            return time.monotonic() < until + wanted_s
+
         try:
             answers, failures = await keep_completing(
-                client, MODEL_NAME, requests, until, lambda: progress.advance(task)
+                client, MODEL_NAME, requests, goes_on, lambda: progress.advance(task)
             )
         finally:
             if doing.done():

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from engine.demo.fleet import Fleet
+from splitwise_sched.records import InstanceRecord
 from splitwise_sched.store import Store
 from splitwise_sched.types import Role
 
 PERIOD_S = 3.0
+FIRST_TURN_TIMEOUT_S = 120.0
 POLL_S = 0.02
 WAIT_FOR_STREAM_S = 5.0
 
@@ -31,7 +33,7 @@ class Faults:
 
 
 class Chaos:
-    """``run`` until it is cancelled.
+    """``run`` until it is cancelled, by whoever gave it its time.
 
     Each turn a prefill and a decode instance are killed and started again, and a decode instance is stopped in
     mid-stream for longer than its lease; the next turn begins when the fleet is whole again.
@@ -42,10 +44,15 @@ class Chaos:
 
     def __init__(self, fleet: Fleet, num_instances: int, on_fault: Callable[[str], None], seed: int = 0) -> None:
         self.faults = Faults()
+        self._gone: set[str] = set()
         self._fleet = fleet
         self._num_instances = num_instances
         self._on_fault = on_fault
         self._rng = random.Random(seed)
+
+    @property
+    def had_each_fault(self) -> bool:
+        return min(self.faults.to_dict().values()) > 0
 
     async def run(self) -> None:
         store = Store(self._fleet.settings)
@@ -62,17 +69,18 @@ class Chaos:
             await store.close()
 
     async def _kill(self, store: Store, role: Role) -> None:
-        name = await self._busy(store, role)
-        self._fleet.kill(name)
-        self._on_fault(f"killed {name}")
+        victim = await self._busy(store, role)
+        self._fleet.kill(victim.name)
+        self._gone.add(victim.instance_id)
+        self._on_fault(f"killed {victim.name}")
         if role is Role.PREFILL:
             self.faults.killed_prefill += 1
         else:
             self.faults.killed_decode += 1
-        self._fleet.restart(name)
+        self._fleet.restart(victim.name)
 
     async def _stall(self, store: Store) -> None:
-        name = await self._busy(store, Role.DECODE)
+        name = (await self._busy(store, Role.DECODE)).name
         process = self._fleet.members[name].process
         process.send_signal(signal.SIGSTOP)
         try:
@@ -83,16 +91,17 @@ class Chaos:
         self.faults.stalled_decode += 1
         self._on_fault(f"let {name} go on, past its lease")
 
-    async def _busy(self, store: Store, role: Role) -> str:
-        """Name of an instance that has work at this moment; any after a while."""
+    async def _busy(self, store: Store, role: Role) -> InstanceRecord:
+        """An instance that has work at this moment; any that serves after a while.
+
+        One that was killed has its lease, and its work, for some seconds more: those are not its successor's.
+        """
         deadline = time.monotonic() + WAIT_FOR_STREAM_S
         while True:
-            live = [record for record in await store.live_instances() if record.role is role]
-            busy = [record.name for record in live if await self._has_work(store, record.instance_id, role)]
-            if busy:
-                return self._rng.choice(busy)
-            if time.monotonic() > deadline:
-                return f"{role.value}-0"
+            live = [r for r in await store.live_instances() if r.role is role and r.instance_id not in self._gone]
+            busy = [record for record in live if await self._has_work(store, record.instance_id, role)]
+            if busy or (live and time.monotonic() > deadline):
+                return self._rng.choice(busy or live)
             await asyncio.sleep(POLL_S)
 
     async def _has_work(self, store: Store, instance_id: str, role: Role) -> bool:

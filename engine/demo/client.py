@@ -81,10 +81,10 @@ async def keep_completing(
     client: httpx.AsyncClient,
     model: str,
     requests: Sequence[DemoRequest],
-    until: float,
+    goes_on: Callable[[], bool],
     on_done: Callable[[], None],
 ) -> tuple[list[Answer], list[str]]:
-    """One stream for each of ``requests`` at a time, again and again under new ids until ``until`` (monotonic, s).
+    """One stream for each of ``requests`` at a time, again and again under new ids as long as it ``goes_on``.
 
     Returns:
         The answers, and what went wrong with the others.
@@ -94,7 +94,7 @@ async def keep_completing(
 
     async def keep(request: DemoRequest) -> None:
         turn = 0
-        while not turn or time.monotonic() < until:
+        while not turn or goes_on():
             turn += 1
             try:
                 again = replace(request, request_id=f"{request.request_id}-{turn}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -53,8 +54,8 @@ def rig(request: pytest.FixtureRequest) -> SentinelTrio | Cluster:
 
 
 def settings_of(rig: SentinelTrio | Cluster, **more: Any) -> SchedulerSettings:
-    # What a new master needs to be found comes well within a lease, and what waits for it within the timeout.
-    fields = {"scheduler_topic": TOPIC, "redis_timeout_s": 30, **rig.settings_fields(), **more}
+    # What waits for a new master to be found does so within the timeout.
+    fields = {"scheduler_topic": TOPIC, "redis_timeout_s": 60, **rig.settings_fields(), **more}
     return SchedulerSettings(**fields)
 
 
@@ -63,7 +64,8 @@ class Load:
 
     def __init__(self, frontend: FrontEnd, tag: str) -> None:
         self._frontend = frontend
-        self._tag = tag
+        # The servers stay from test to test, and from a test to its second try.
+        self._tag = f"{tag}-{secrets.token_hex(4)}"
         self._stopped = asyncio.Event()
         self._tasks: list[asyncio.Task[bool]] = []
         self._num_done = 0
@@ -86,11 +88,11 @@ class Load:
         async def done() -> bool:
             return self._num_done >= wanted
 
-        await until(done, 40)
+        await until(done, 90)
 
     async def results(self) -> list[Any]:
         self._stopped.set()
-        return list(await asyncio.wait_for(asyncio.gather(*self._tasks, return_exceptions=True), 60))
+        return list(await asyncio.wait_for(asyncio.gather(*self._tasks, return_exceptions=True), 90))
 
 
 @asynccontextmanager

@@ -216,8 +216,14 @@ async def test_request_that_keeps_losing_its_instance_ends_in_the_dead_letter_wi
 async def test_request_expires_at_its_deadline_wherever_it_is(redis_server, topic):
     settings = settings_for(redis_server, topic)
     async with FrontEnd(settings) as frontend:
-        with pytest.raises(RequestFailed, match="did not end before its deadline; it was queued"):
+        # Redis knows more, and is later on a busy machine.
+        with pytest.raises(RequestFailed, match=r"did not end before its deadline(; it was queued)?$"):
             await tokens_of(await frontend.submit(request_of("late", timeout_s=0.3)))
+
+        async def has_expired() -> bool:
+            return (await frontend.request_record("late"))["state"] == "expired"
+
+        await until(has_expired)
 
 
 async def test_incompatible_instance_is_refused_with_field_and_both_values(redis_server, topic):

@@ -94,7 +94,7 @@ async def test_loop_serves_requests_and_leaves_nothing_behind(redis_server, topi
         assert not [t for t in threading.enumerate() if t.name == "splitwise-instance"]
 
 
-async def test_wedged_loop_loses_its_lease_and_its_work_goes_on_when_it_is_back(redis_server, topic):
+async def test_wedged_loop_loses_its_lease_and_has_another_when_it_is_back(redis_server, topic, caplog):
     settings = settings_for(redis_server, topic)
     async with FrontEnd(settings) as frontend:
         with Loop(settings) as loop:
@@ -105,8 +105,18 @@ async def test_wedged_loop_loses_its_lease_and_its_work_goes_on_when_it_is_back(
                 return await frontend.store.lacks_lease(old_id)
 
             await until(gone)
+            asking = asyncio.create_task(ask(frontend, "r0"))
+
+            async def waits() -> bool:
+                return "registers again when its serving loop comes round" in caplog.text
+
+            await until(waits)
+            # It has nothing to do with a request that it would not come to.
+            await asyncio.sleep(2 * settings.instance_lease_s)
+            assert await frontend.store.live_instances() == []
+            assert (await frontend.request_record("r0"))["state"] == "queued"
             loop.go.set()
-            await asyncio.wait_for(ask(frontend, "r0"), 20)
+            await asyncio.wait_for(asking, 20)
             assert loop.lost and loop.instance.instance_id != old_id
 
 
