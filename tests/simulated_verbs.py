@@ -12,6 +12,7 @@ import itertools
 import os
 import threading
 from collections import Counter, deque
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -334,3 +335,12 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Fabric:
     for module in (device, queue_pair):
         monkeypatch.setattr(module, "opened_descriptor", opened)
     return fabric
+
+
+@pytest.fixture
+def fabric(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fabric]:
+    made = install(monkeypatch)
+    yield made
+    # Whatever a test did, what it made is closed by now.
+    assert made.in_use() == {}, made.in_use()
+    assert made.violations == [], made.violations

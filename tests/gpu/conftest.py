@@ -6,6 +6,7 @@ import pytest
 
 from kv_transfer.errors import TransportFailed
 from kv_transfer.transports.cuda_ipc.runtime import open_runtime
+from tests.integration.kv_pairs import ranks  # noqa: F401
 
 
 @pytest.fixture(autouse=True, scope="session")

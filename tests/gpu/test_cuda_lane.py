@@ -9,8 +9,6 @@ from tests.cuda_twin import TwinRuntime
 from tests.integration.kv_instances import lane_options
 from tests.integration.kv_memory import cuda_runtime
 from tests.integration.test_kv_conformance import (  # noqa: F401
-    local,
-    remote,
     test_a_block_zeroed_in_one_layer_on_its_way_is_seen_by_the_comparison,
     test_a_cached_prefix_of_another_process_stays_as_it_is,
     test_an_abort_by_either_side_ends_both_and_leaves_other_transfers_alone,
@@ -25,7 +23,6 @@ from tests.integration.test_kv_conformance import (  # noqa: F401
     test_two_hundred_transfers_at_a_time_each_get_their_own_bytes,
 )
 from tests.integration.test_kv_faults import (  # noqa: F401
-    ranks,
     test_a_destination_killed_in_mid_transfer_fails_it_and_the_next_destination_works,
     test_a_link_that_falls_silent_fails_its_transfers_on_both_sides_and_no_others,
     test_a_peer_killed_while_bytes_flow_fails_the_transfer,

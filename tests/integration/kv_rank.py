@@ -14,7 +14,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from multiprocessing.connection import Connection
@@ -58,6 +58,14 @@ def differing(layout: KVLayout, got: np.ndarray, wanted: np.ndarray) -> list[tup
     """Every (layer, block) of which some byte differs; both arrays are [blocks, block_bytes]."""
     by_layer = (np.asarray(got) != wanted).reshape(len(got), layout.num_layers, layout.layer_block_bytes).any(axis=2)
     return [(int(layer), int(block)) for block, layer in zip(*np.nonzero(by_layer), strict=True)]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """For what nothing announces, as bytes that show up in a pool before their transfer's end."""
+    until = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until, "it does not happen"
+        time.sleep(0.002)
 
 
 def on_its_nic(options: TransferOptions, name: str, tp_rank: int) -> TransferOptions:
@@ -214,10 +222,7 @@ class RemoteRank:
     def stop(self) -> None:
         """SIGSTOP; returns when every thread stands still."""
         os.kill(self.pid, signal.SIGSTOP)
-        until = time.monotonic() + WAIT_S
-        while not all(state == "T" for state in self._thread_states()):
-            assert time.monotonic() < until
-            time.sleep(0.002)
+        wait_for(lambda: all(state == "T" for state in self._thread_states()))
 
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -32,7 +32,8 @@ from kv_transfer.transports.cuda_ipc.runtime import open_runtime
 from kv_transfer.transports.cuda_ipc.wire import MAGIC, PREFACE, socket_name
 from tests.cuda_twin import LEGACY_STREAM, TwinRuntime
 from tests.integration import kv_memory
-from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, RemoteRank, differing, pattern
+from tests.integration.kv_pairs import Ranks, assert_moves
+from tests.integration.kv_rank import LAYOUT, WAIT_S, differing, pattern, wait_for
 
 OPTIONS = TransferOptions(protocols=("cuda_ipc",), cuda=CudaOptions(path="kernel"))
 
@@ -49,28 +50,10 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwinRuntime]:
 
 
 @pytest.fixture
-def ranks(twin: TwinRuntime) -> Iterator[contextlib.ExitStack]:
-    with contextlib.ExitStack() as stack:
-        yield stack
-
-
-def local(ranks: contextlib.ExitStack, name: str, seed: int, options: TransferOptions = OPTIONS) -> LocalRank:
-    rank = LocalRank(LAYOUT, options, name, seed)
-    ranks.callback(rank.close)
-    return rank
-
-
-def remote(ranks: contextlib.ExitStack, name: str, seed: int) -> RemoteRank:
-    rank = RemoteRank(LAYOUT, OPTIONS, name, seed)
-    ranks.callback(rank.close)
-    return rank
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < until, "it does not happen"
-        time.sleep(0.002)
+def ranks(twin: TwinRuntime) -> Iterator[Ranks]:
+    """Closed before the twin looks at what is left."""
+    with Ranks() as made:
+        yield made
 
 
 def layer(view: np.ndarray, number: int) -> np.ndarray:
@@ -78,17 +61,8 @@ def layer(view: np.ndarray, number: int) -> np.ndarray:
     return np.asarray(view)[:, number * size : (number + 1) * size]
 
 
-def assert_moves(source: LocalRank | RemoteRank, destination: LocalRank, transfer_id: str) -> None:
-    ids = list(range(20, 60))
-    destination.receive(transfer_id, [source.endpoint], ids[::-1])
-    source.send(transfer_id, ids)
-    assert isinstance(destination.wait(transfer_id), Received)
-    assert isinstance(source.wait(transfer_id), Sent)
-    assert differing(LAYOUT, destination.view[ids[::-1]], source.view[ids]) == []
-
-
-def test_a_layer_is_fetched_when_it_is_computed_and_not_before(twin: TwinRuntime, ranks: contextlib.ExitStack) -> None:
-    source, destination = local(ranks, "prefill", 1), local(ranks, "decode", 2)
+def test_a_layer_is_fetched_when_it_is_computed_and_not_before(twin: TwinRuntime, ranks: Ranks) -> None:
+    source, destination = ranks.pair(LAYOUT, OPTIONS)
     before = destination.view[:5].copy()
     destination.receive("r@1", [source.endpoint], range(5))
     twin.hold(LEGACY_STREAM)
@@ -108,9 +82,9 @@ def test_a_layer_is_fetched_when_it_is_computed_and_not_before(twin: TwinRuntime
 
 
 def test_blocks_of_an_engine_that_says_nothing_of_layers_are_fetched_when_all_it_launched_is_done(
-    twin: TwinRuntime, ranks: contextlib.ExitStack
+    twin: TwinRuntime, ranks: Ranks
 ) -> None:
-    source, destination = local(ranks, "prefill", 1), local(ranks, "decode", 2)
+    source, destination = ranks.pair(LAYOUT, OPTIONS)
     assert_moves(source, destination, "warm@1")
     before = destination.view[:5].copy()
     destination.receive("r@1", [source.endpoint], range(5))
@@ -124,10 +98,8 @@ def test_blocks_of_an_engine_that_says_nothing_of_layers_are_fetched_when_all_it
     assert differing(LAYOUT, destination.view[:5], source.view[:5]) == []
 
 
-def test_blocks_are_not_written_while_the_engine_that_had_them_still_uses_them(
-    twin: TwinRuntime, ranks: contextlib.ExitStack
-) -> None:
-    source, destination = local(ranks, "prefill", 1), local(ranks, "decode", 2)
+def test_blocks_are_not_written_while_the_engine_that_had_them_still_uses_them(twin: TwinRuntime, ranks: Ranks) -> None:
+    source, destination = ranks.pair(LAYOUT, OPTIONS)
     assert_moves(source, destination, "warm@1")
     before = destination.view[:5].copy()
     source.send("r@1", range(5))
@@ -139,10 +111,8 @@ def test_blocks_are_not_written_while_the_engine_that_had_them_still_uses_them(
     assert isinstance(destination.wait("r@1"), Received)
 
 
-def test_an_abort_while_the_device_copies_is_told_when_it_no_longer_does(
-    twin: TwinRuntime, ranks: contextlib.ExitStack
-) -> None:
-    source, destination = local(ranks, "prefill", 1), local(ranks, "decode", 2)
+def test_an_abort_while_the_device_copies_is_told_when_it_no_longer_does(twin: TwinRuntime, ranks: Ranks) -> None:
+    source, destination = ranks.pair(LAYOUT, OPTIONS)
     assert_moves(source, destination, "warm@1")
     stream = twin.streams()[-1]
     twin.hold(stream)
@@ -155,19 +125,16 @@ def test_an_abort_while_the_device_copies_is_told_when_it_no_longer_does(
     twin.release(stream)
     assert isinstance(destination.wait("r@1"), TransferFailed)
     destination.fill(9)
-    assert_moves(source, destination, "r@2")
-    wanted = pattern(LAYOUT, 9)
-    wanted[59:19:-1] = pattern(LAYOUT, 1)[20:60]
-    assert differing(LAYOUT, destination.view, wanted) == []
+    assert_moves(source, destination, "r@2", others_hold=9)
 
 
 def test_devices_that_cannot_reach_each_other_go_through_the_host_and_say_so(
-    ranks: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(kv_memory.DEVICE, "1")
-    source = remote(ranks, "prefill", 1)
+    source = ranks.remote(LAYOUT, OPTIONS, "prefill", 1)
     monkeypatch.setenv(kv_memory.DEVICE, "0")
-    destination = local(ranks, "decode", 2)
+    destination = ranks.local(LAYOUT, OPTIONS, "decode", 2)
     with caplog.at_level(logging.WARNING, "kv_transfer"):
         assert_moves(source, destination, "r@1")
     assert "GPU 0 cannot address the memory of GPU 1" in caplog.text
@@ -175,32 +142,32 @@ def test_devices_that_cannot_reach_each_other_go_through_the_host_and_say_so(
 
 
 def test_devices_that_reach_each_other_are_copied_between_directly(
-    twin: TwinRuntime, ranks: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
+    twin: TwinRuntime, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     twin.peers.add(frozenset((0, 1)))
     monkeypatch.setenv(kv_memory.DEVICE, "1")
-    source = remote(ranks, "prefill", 1)
+    source = ranks.remote(LAYOUT, OPTIONS, "prefill", 1)
     monkeypatch.setenv(kv_memory.DEVICE, "0")
-    destination = local(ranks, "decode", 2)
+    destination = ranks.local(LAYOUT, OPTIONS, "decode", 2)
     assert_moves(source, destination, "r@1")
     assert "cuda_ipc_staged_links_total" not in destination.counters()
 
 
 def test_a_pool_is_mapped_once_for_all_links_of_a_process_and_unmapped_with_the_last(
-    twin: TwinRuntime, ranks: contextlib.ExitStack
+    twin: TwinRuntime, ranks: Ranks
 ) -> None:
-    source = remote(ranks, "prefill", 1)
-    with contextlib.ExitStack() as inner:
+    source = ranks.remote(LAYOUT, OPTIONS, "prefill", 1)
+    with Ranks() as inner:
         for name in ("decode 0", "decode 1"):
-            assert_moves(source, local(inner, name, 2), f"{name}@1")
+            assert_moves(source, inner.local(LAYOUT, OPTIONS, name, 2), f"{name}@1")
         assert twin.calls.count("import_memory") == 1
 
 
 @pytest.mark.parametrize("call", ["launch", "import_memory"])
 def test_a_call_of_cuda_that_fails_costs_the_transfer_and_not_the_process(
-    call: str, twin: TwinRuntime, ranks: contextlib.ExitStack
+    call: str, twin: TwinRuntime, ranks: Ranks
 ) -> None:
-    source, destination = remote(ranks, "prefill", 1), local(ranks, "decode", 2)
+    source, destination = ranks.remote(LAYOUT, OPTIONS, "prefill", 1), ranks.local(LAYOUT, OPTIONS, "decode", 2)
     twin.fails[call] = 1
     destination.receive("r@1", [source.endpoint], [1, 2])
     source.send("r@1", [3, 4])
@@ -211,10 +178,10 @@ def test_a_call_of_cuda_that_fails_costs_the_transfer_and_not_the_process(
 
 
 @pytest.mark.parametrize("path", ["kernel", "copies", "batch"])
-def test_every_path_moves_the_same_bytes(path: str, twin: TwinRuntime, ranks: contextlib.ExitStack) -> None:
+def test_every_path_moves_the_same_bytes(path: str, twin: TwinRuntime, ranks: Ranks) -> None:
     twin.batches = True
     options = dataclasses.replace(OPTIONS, cuda=CudaOptions(path=path))
-    source, destination = local(ranks, "prefill", 1, options), local(ranks, "decode", 2, options)
+    source, destination = ranks.pair(LAYOUT, options)
     assert_moves(source, destination, "r@1")
     counted = {name for name, value in destination.counters().items() if name.startswith("cuda_ipc_") and value}
     assert counted == {f"cuda_ipc_{'kernel_launches' if path == 'kernel' else path + '_copies'}_total"}
@@ -256,7 +223,7 @@ def test_memory_that_no_other_process_can_open_is_refused_with_the_setting_to_ch
     pool.close()
 
 
-def test_a_region_in_the_middle_of_an_allocation_is_found_there(twin: TwinRuntime, ranks: contextlib.ExitStack) -> None:
+def test_a_region_in_the_middle_of_an_allocation_is_found_there(twin: TwinRuntime, ranks: Ranks) -> None:
     from kv_transfer.transports.cuda_ipc.regions import DeviceRegion, share
 
     base = twin.allocate(0, 4096)
@@ -266,8 +233,8 @@ def test_a_region_in_the_middle_of_an_allocation_is_found_there(twin: TwinRuntim
     twin.free(0, base)
 
 
-def test_a_stranger_at_the_socket_is_told_nothing(ranks: contextlib.ExitStack) -> None:
-    source = local(ranks, "prefill", 1)
+def test_a_stranger_at_the_socket_is_told_nothing(ranks: Ranks) -> None:
+    source = ranks.local(LAYOUT, OPTIONS, "prefill", 1)
     address = socket_name(str(source.endpoint.transports["cuda_ipc"]["nonce"]))
     for said in (PREFACE.pack(MAGIC, bytes(16)), b"x" * 24, b"x" * 100):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -278,8 +245,8 @@ def test_a_stranger_at_the_socket_is_told_nothing(ranks: contextlib.ExitStack) -
                 assert sock.recv(1) == b""
 
 
-def test_a_gpu_that_this_process_does_not_see_is_named_with_what_to_do(ranks: contextlib.ExitStack) -> None:
-    source, destination = local(ranks, "prefill", 1), local(ranks, "decode", 2)
+def test_a_gpu_that_this_process_does_not_see_is_named_with_what_to_do(ranks: Ranks) -> None:
+    source, destination = ranks.pair(LAYOUT, OPTIONS)
     offer = {**source.endpoint.transports["cuda_ipc"], "device": "ab" * 16}
     hidden = RankEndpoint.from_dict({**source.endpoint.to_dict(), "transports": {"cuda_ipc": offer}})
     destination.receive("r@1", [hidden], [1])
@@ -288,17 +255,13 @@ def test_a_gpu_that_this_process_does_not_see_is_named_with_what_to_do(ranks: co
     assert "CUDA_VISIBLE_DEVICES" in failed.reason
 
 
-def test_a_gpus_pool_is_reached_by_tcp_from_a_host_without_one_both_ways(
-    twin: TwinRuntime, ranks: contextlib.ExitStack
-) -> None:
+def test_a_gpus_pool_is_reached_by_tcp_from_a_host_without_one_both_ways(twin: TwinRuntime, ranks: Ranks) -> None:
     options = TransferOptions(protocols=("tcp",))
-    on_gpu = LocalRank(LAYOUT, options, "gpu", pool=CudaPool.allocate(LAYOUT, 0, twin))
-    ranks.callback(on_gpu.close)
+    on_gpu = ranks.local(LAYOUT, options, "gpu", pool=CudaPool.allocate(LAYOUT, 0, twin))
     memory = kv_memory.view_of(on_gpu.pool, LAYOUT)
     memory[:] = pattern(LAYOUT, 1)
     on_gpu.view = memory
-    on_host = LocalRank(LAYOUT, options, "host", 2)
-    ranks.callback(on_host.close)
+    on_host = ranks.local(LAYOUT, options, "host", 2)
     assert_moves(on_gpu, on_host, "r@1")
     on_host.fill(3)
     assert_moves(on_host, on_gpu, "r@2")
@@ -335,10 +298,10 @@ def test_a_host_without_cupy_or_a_gpu_says_which_is_missing() -> None:
 
 
 def test_memory_that_a_stopped_peer_maps_is_not_freed_under_it(
-    twin: TwinRuntime, ranks: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    twin: TwinRuntime, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("kv_transfer.transports.cuda_ipc.transport._CLOSE_TIMEOUT_S", 0.2)
-    source, destination = local(ranks, "prefill", 1), remote(ranks, "decode", 2)
+    source, destination = ranks.local(LAYOUT, OPTIONS, "prefill", 1), ranks.remote(LAYOUT, OPTIONS, "decode", 2)
     destination.receive("r@1", [source.endpoint], [1])
     source.send("r@1", [2])
     assert isinstance(source.wait("r@1"), Sent)

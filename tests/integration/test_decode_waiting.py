@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, cast
 
 from engine.decode_leg import DecodeLeg
@@ -11,7 +10,7 @@ from kv_transfer import KVPool, TransferOptions
 from kv_transfer.endpoint import endpoints_to_text
 from splitwise_sched.records import DecodeAssigned
 from splitwise_sched.types import Request
-from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank
+from tests.integration.kv_rank import LAYOUT, LocalRank, wait_for
 
 TCP = TransferOptions(protocols=("tcp",))
 
@@ -38,11 +37,8 @@ def test_the_source_of_a_request_that_waits_behind_another_is_connected_to_meanw
                 request = Request(f"r{number}", "tiny", (1, 2, 3))
                 leg.assign(f"r{number}@1", DecodeAssigned(request, 1, source.endpoint.name, fields))
                 leg.reserve_waiting()
-            until = time.monotonic() + WAIT_S
-            while not (lanes := ranks.lanes()) or lanes[0].state != "up":
-                assert time.monotonic() < until, lanes
-                time.sleep(0.002)
-            assert [lane.peer.split()[0] for lane in lanes] == ["prefill-1"]
+            wait_for(lambda: [lane.state for lane in ranks.lanes()] == ["up"])
+            assert [lane.peer.split()[0] for lane in ranks.lanes()] == ["prefill-1"]
         finally:
             ranks.close()
             first.close()

@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import pytest
 
-from kv_transfer import KVLayout, RankEndpoint, Received, Sent, TransferFailed, TransferOptions
+from kv_transfer import RankEndpoint, Received, TransferFailed, TransferOptions
 from kv_transfer import sessions as sessions_module
 from kv_transfer.checker import Checker
 from kv_transfer.checksums import LayerSums, Sums
 from kv_transfer.errors import InvalidOptions
 from kv_transfer.plan import IntArray
 from tests.integration.kv_instances import PAIRS, Move, lane_options, lanes
-from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, differing
+from tests.integration.kv_pairs import Ranks, assert_moved
+from tests.integration.kv_rank import LAYOUT, WAIT_S, differing
 from tests.integration.test_kv_faults import Wire, through
 
 
 @pytest.fixture(params=lanes())
 def options(request: pytest.FixtureRequest) -> TransferOptions:
     return lane_options(request.param, checksum="crc32")
-
-
-@pytest.fixture
-def ranks() -> Iterator[contextlib.ExitStack]:
-    with contextlib.ExitStack() as stack:
-        yield stack
-
-
-def rank(
-    ranks: contextlib.ExitStack, layout: KVLayout, options: TransferOptions, name: str, seed: int = 0
-) -> LocalRank:
-    made = LocalRank(layout, options, name, seed)
-    ranks.callback(made.close)
-    return made
 
 
 def flip_after_hashing(monkeypatch: pytest.MonkeyPatch, flip: Callable[[], None]) -> None:
@@ -62,20 +48,20 @@ def flip_after_hashing(monkeypatch: pytest.MonkeyPatch, flip: Callable[[], None]
 @pytest.mark.parametrize("pair", ["TP 2 in 2 stages to TP 1 in 3", "blocks of 6 to blocks of 4 tokens, TP 2 to 1"])
 @pytest.mark.parametrize("checksum", ["crc32", "xxh3"])
 def test_checked_blocks_arrive_whatever_their_layouts(
-    options: TransferOptions, ranks: contextlib.ExitStack, pair: str, checksum: str
+    options: TransferOptions, ranks: Ranks, pair: str, checksum: str
 ) -> None:
-    make = partial(rank, ranks, options=lane_options(options.protocols[0], checksum=checksum))
+    make = partial(ranks.local, options=lane_options(options.protocols[0], checksum=checksum))
     Move(*PAIRS[pair], make, num_tokens=27, cached=lambda index: index == 1).move("r@1", b"token")
 
 
 def test_a_byte_that_changes_after_it_was_hashed_fails_the_transfer_on_both_sides(
     options: TransferOptions,
-    ranks: contextlib.ExitStack,
+    ranks: Ranks,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    source, destination = rank(ranks, LAYOUT, options, "prefill", 1), rank(ranks, LAYOUT, options, "decode", 2)
-    unharmed = rank(ranks, LAYOUT, options, "other", 3)
+    source, destination = ranks.pair(LAYOUT, options)
+    unharmed = ranks.local(LAYOUT, options, "other", 3)
 
     def flip() -> None:
         source.view[107, LAYOUT.layer_block_bytes + 5] ^= 0x10
@@ -100,8 +86,7 @@ def test_a_byte_that_changes_after_it_was_hashed_fails_the_transfer_on_both_side
     monkeypatch.undo()
     source.send_blocks("other@1", 1, [2])
     source.finish_send("other@1")
-    assert isinstance(unharmed.wait("other@1"), Received)
-    assert isinstance(source.wait("other@1"), Sent)
+    assert_moved(source, unharmed, "other@1")
     destination.receive("r@2", [source.endpoint], range(40))
     source.send("r@2", range(100, 140))
     assert isinstance(destination.wait("r@2"), Received), "the same blocks, hashed as they are now"
@@ -122,9 +107,9 @@ class FlippingWire(Wire):
 
 
 @pytest.mark.parametrize("checksum", ["crc32", "xxh3", "none"])
-def test_a_bit_that_flips_on_its_way_is_found_when_it_is_looked_for(ranks: contextlib.ExitStack, checksum: str) -> None:
+def test_a_bit_that_flips_on_its_way_is_found_when_it_is_looked_for(ranks: Ranks, checksum: str) -> None:
     options = lane_options("tcp", checksum=checksum)
-    source, destination = rank(ranks, LAYOUT, options, "prefill", 1), rank(ranks, LAYOUT, options, "decode", 2)
+    source, destination = ranks.pair(LAYOUT, options)
     wire = FlippingWire(int(source.endpoint.transports["tcp"]["port"]))
     ranks.callback(wire.close)
     endpoint: RankEndpoint = through(source.endpoint, data=wire)
@@ -141,10 +126,10 @@ def test_a_bit_that_flips_on_its_way_is_found_when_it_is_looked_for(ranks: conte
 
 
 def test_a_source_that_cannot_hash_says_what_it_lacks(
-    ranks: contextlib.ExitStack, options: TransferOptions, monkeypatch: pytest.MonkeyPatch
+    ranks: Ranks, options: TransferOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = replace(options, checksum="none")
-    source, destination = rank(ranks, LAYOUT, plain, "prefill", 1), rank(ranks, LAYOUT, options, "decode", 2)
+    source, destination = ranks.local(LAYOUT, plain, "prefill", 1), ranks.local(LAYOUT, options, "decode", 2)
 
     def load(name: str) -> object:
         raise InvalidOptions("checksum", f"{name} is not here")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import time
-from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -21,50 +19,14 @@ from kv_transfer import (
 )
 from kv_transfer.protocol import MAX_AUX_BYTES
 from tests.integration.kv_instances import PAIRS, Move, lane_options, lanes
-from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, RemoteRank, differing, pattern
-
-MakeRemote = Callable[..., RemoteRank]
-MakeLocal = Callable[..., LocalRank]
+from tests.integration.kv_pairs import Ranks, assert_moved, move_half
+from tests.integration.kv_rank import LAYOUT, differing, pattern, wait_for
 
 
 @pytest.fixture(params=lanes())
 def options(request: pytest.FixtureRequest) -> TransferOptions:
     """Options with one transport only."""
     return lane_options(request.param)
-
-
-@pytest.fixture
-def remote() -> Iterator[MakeRemote]:
-    made: list[RemoteRank] = []
-
-    def make(layout: KVLayout, options: TransferOptions, name: str, seed: int = 0) -> RemoteRank:
-        made.append(RemoteRank(layout, options, name, seed))
-        return made[-1]
-
-    yield make
-    for rank in made:
-        rank.close()
-
-
-@pytest.fixture
-def local() -> Iterator[MakeLocal]:
-    made: list[LocalRank] = []
-
-    def make(layout: KVLayout, options: TransferOptions, name: str, seed: int = 0) -> LocalRank:
-        made.append(LocalRank(layout, options, name, seed))
-        return made[-1]
-
-    yield make
-    for rank in made:
-        rank.close()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """For bytes that show up in a pool: nothing announces them before the transfer's end."""
-    until = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < until, "it does not happen"
-        time.sleep(0.002)
 
 
 def some_ids(rng: random.Random, layout: KVLayout, count: int) -> list[int]:
@@ -77,12 +39,10 @@ def some_ids(rng: random.Random, layout: KVLayout, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_every_byte_arrives_and_no_other_byte_changes(
-    options: TransferOptions, remote: MakeRemote, local: MakeLocal, seed: int
-) -> None:
+def test_every_byte_arrives_and_no_other_byte_changes(options: TransferOptions, ranks: Ranks, seed: int) -> None:
     rng = random.Random(seed)
-    source = remote(LAYOUT, options, "prefill", seed=1)
-    destination = local(LAYOUT, options, "decode", seed=2)
+    source = ranks.remote(LAYOUT, options, "prefill", seed=1)
+    destination = ranks.local(LAYOUT, options, "decode", seed=2)
     src_ids, dst_ids = some_ids(rng, LAYOUT, 120), some_ids(rng, LAYOUT, 120)
     wanted = pattern(LAYOUT, 2)
     wanted[dst_ids] = pattern(LAYOUT, 1)[src_ids]
@@ -101,10 +61,10 @@ def test_every_byte_arrives_and_no_other_byte_changes(
 
 
 def test_a_block_zeroed_in_one_layer_on_its_way_is_seen_by_the_comparison(
-    options: TransferOptions, remote: MakeRemote, local: MakeLocal
+    options: TransferOptions, ranks: Ranks
 ) -> None:
-    source = local(LAYOUT, options, "prefill", seed=1)
-    destination = remote(LAYOUT, options, "decode", seed=2)
+    source = ranks.local(LAYOUT, options, "prefill", seed=1)
+    destination = ranks.remote(LAYOUT, options, "decode", seed=2)
     source.send("r@1", list(range(100)))
     size = LAYOUT.layer_block_bytes
     source.view[17, 2 * size : 3 * size] = 0
@@ -116,11 +76,9 @@ def test_a_block_zeroed_in_one_layer_on_its_way_is_seen_by_the_comparison(
 
 
 @pytest.mark.parametrize("order", ["reserve first", "reserve in between", "reserve last"])
-def test_chunks_arrive_before_and_after_the_reservation(
-    options: TransferOptions, remote: MakeRemote, local: MakeLocal, order: str
-) -> None:
+def test_chunks_arrive_before_and_after_the_reservation(options: TransferOptions, ranks: Ranks, order: str) -> None:
     rng = random.Random(order)
-    source, destination = local(LAYOUT, options, "prefill", 3), remote(LAYOUT, options, "decode", 4)
+    source, destination = ranks.local(LAYOUT, options, "prefill", 3), ranks.remote(LAYOUT, options, "decode", 4)
     src_ids, dst_ids = some_ids(rng, LAYOUT, 50), some_ids(rng, LAYOUT, 50)
     if order == "reserve first":
         destination.receive("r@1", [source.endpoint], dst_ids)
@@ -133,17 +91,14 @@ def test_chunks_arrive_before_and_after_the_reservation(
     source.finish_send("r@1")
     if order == "reserve last":
         destination.receive("r@1", [source.endpoint], dst_ids)
-    assert isinstance(destination.wait("r@1"), Received)
-    assert isinstance(source.wait("r@1"), Sent)
+    assert_moved(source, destination, "r@1")
     wanted = pattern(LAYOUT, 4)
     wanted[dst_ids] = source.view[src_ids]
     assert differing(LAYOUT, destination.view, wanted) == []
 
 
-def test_blocks_move_while_later_ones_are_still_computed(
-    options: TransferOptions, remote: MakeRemote, local: MakeLocal
-) -> None:
-    source, destination = remote(LAYOUT, options, "prefill", 5), local(LAYOUT, options, "decode", 6)
+def test_blocks_move_while_later_ones_are_still_computed(options: TransferOptions, ranks: Ranks) -> None:
+    source, destination = ranks.remote(LAYOUT, options, "prefill", 5), ranks.local(LAYOUT, options, "decode", 6)
     destination.receive("r@1", [source.endpoint], list(range(40)))
     source.open_send("r@1", 40)
     source.send_blocks("r@1", 0, list(range(100, 120)))
@@ -154,11 +109,9 @@ def test_blocks_move_while_later_ones_are_still_computed(
     assert differing(LAYOUT, destination.view[20:40], source.view[50:70]) == []
 
 
-def test_two_hundred_transfers_at_a_time_each_get_their_own_bytes(
-    options: TransferOptions, remote: MakeRemote, local: MakeLocal
-) -> None:
+def test_two_hundred_transfers_at_a_time_each_get_their_own_bytes(options: TransferOptions, ranks: Ranks) -> None:
     layout = KVLayout("transformers", "tiny", "float32", 2, 2, 8, 4, 1000)
-    source, destination = remote(layout, options, "prefill", 7), local(layout, options, "decode", 8)
+    source, destination = ranks.remote(layout, options, "prefill", 7), ranks.local(layout, options, "decode", 8)
     rng = random.Random(0)
     src_ids, dst_ids = list(range(1000)), list(range(1000))
     rng.shuffle(src_ids)
@@ -183,13 +136,11 @@ def test_two_hundred_transfers_at_a_time_each_get_their_own_bytes(
     assert differing(layout, destination.view, wanted) == []
 
 
-def test_blocks_larger_than_a_chunk_and_than_a_socket_buffer_arrive(
-    options: TransferOptions, remote: MakeRemote, local: MakeLocal
-) -> None:
+def test_blocks_larger_than_a_chunk_and_than_a_socket_buffer_arrive(options: TransferOptions, ranks: Ranks) -> None:
     layout = KVLayout("transformers", "tiny", "float32", 16, 8, 128, 16, 24)
     assert layout.block_bytes == 2 << 20
     small = dataclasses.replace(options, chunk_bytes=1 << 20, window_chunks=3, tcp_streams=2)
-    source, destination = remote(layout, small, "prefill", 1), local(layout, small, "decode", 2)
+    source, destination = ranks.remote(layout, small, "prefill", 1), ranks.local(layout, small, "decode", 2)
     src_ids, dst_ids = [3, 4, 5, 1, 9, 20, 21, 22, 23], [0, 1, 2, 13, 12, 11, 6, 7, 8]
     source.send("r@1", src_ids)
     destination.receive("r@1", [source.endpoint], dst_ids)
@@ -200,26 +151,24 @@ def test_blocks_larger_than_a_chunk_and_than_a_socket_buffer_arrive(
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_layouts_of_all_kinds_exchange_blocks(options: TransferOptions, local: MakeLocal, pair: str) -> None:
-    make = partial(local, options=options)
+def test_layouts_of_all_kinds_exchange_blocks(options: TransferOptions, ranks: Ranks, pair: str) -> None:
+    make = partial(ranks.local, options=options)
     Move(*PAIRS[pair], make, num_tokens=25).move("r@1", b"first token")
 
 
 @pytest.mark.parametrize("pair", ["TP 2 in 2 stages to TP 1 in 3", "blocks of 6 to blocks of 4 tokens, TP 2 to 1"])
 @pytest.mark.parametrize("held", ["a prefix", "every second block", "all"])
 def test_blocks_that_decode_has_already_are_not_sent(
-    options: TransferOptions, local: MakeLocal, pair: str, held: str
+    options: TransferOptions, ranks: Ranks, pair: str, held: str
 ) -> None:
     cached = {"a prefix": lambda i: i < 3, "every second block": lambda i: i % 2 == 1, "all": lambda i: True}[held]
-    move = Move(*PAIRS[pair], partial(local, options=options), num_tokens=30, cached=cached)
+    move = Move(*PAIRS[pair], partial(ranks.local, options=options), num_tokens=30, cached=cached)
     move.move("r@1", b"first token")
     assert (move.num_bytes == 0) == (held == "all")
 
 
-def test_a_cached_prefix_of_another_process_stays_as_it_is(
-    options: TransferOptions, remote: MakeRemote, local: MakeLocal
-) -> None:
-    source, destination = local(LAYOUT, options, "prefill", 1), remote(LAYOUT, options, "decode", 2)
+def test_a_cached_prefix_of_another_process_stays_as_it_is(options: TransferOptions, ranks: Ranks) -> None:
+    source, destination = ranks.local(LAYOUT, options, "prefill", 1), ranks.remote(LAYOUT, options, "decode", 2)
     destination.receive("r@1", [source.endpoint], [NOT_WANTED] * 30 + list(range(100, 110)))
     source.send("r@1", range(40), aux=b"token")
     received, sent = destination.wait("r@1"), source.wait("r@1")
@@ -231,10 +180,8 @@ def test_a_cached_prefix_of_another_process_stays_as_it_is(
     assert differing(LAYOUT, destination.view, wanted) == []
 
 
-def test_the_largest_auxiliary_payload_arrives_with_the_last_chunk(
-    options: TransferOptions, remote: MakeRemote, local: MakeLocal
-) -> None:
-    source, destination = remote(LAYOUT, options, "prefill", 1), local(LAYOUT, options, "decode", 2)
+def test_the_largest_auxiliary_payload_arrives_with_the_last_chunk(options: TransferOptions, ranks: Ranks) -> None:
+    source, destination = ranks.remote(LAYOUT, options, "prefill", 1), ranks.local(LAYOUT, options, "decode", 2)
     aux = random.Random(0).randbytes(MAX_AUX_BYTES)
     destination.receive("r@1", [source.endpoint], [5])
     source.send("r@1", [7], aux=aux)
@@ -245,9 +192,9 @@ def test_the_largest_auxiliary_payload_arrives_with_the_last_chunk(
 
 @pytest.mark.parametrize("who", ["source", "destination"])
 def test_an_abort_by_either_side_ends_both_and_leaves_other_transfers_alone(
-    options: TransferOptions, remote: MakeRemote, local: MakeLocal, who: str
+    options: TransferOptions, ranks: Ranks, who: str
 ) -> None:
-    source, destination = remote(LAYOUT, options, "prefill", 1), local(LAYOUT, options, "decode", 2)
+    source, destination = ranks.remote(LAYOUT, options, "prefill", 1), ranks.local(LAYOUT, options, "decode", 2)
     for transfer_id, first in (("req-1@1", 0), ("req-10@1", 100)):
         source.open_send(transfer_id, 40)
         source.send_blocks(transfer_id, 0, list(range(first, first + 20)))
@@ -260,23 +207,17 @@ def test_an_abort_by_either_side_ends_both_and_leaves_other_transfers_alone(
     destination.view[:40] = 0xEE
     source.send_blocks("req-10@1", 20, list(range(200, 220)))
     source.finish_send("req-10@1")
-    assert isinstance(destination.wait("req-10@1"), Received)
-    assert isinstance(source.wait("req-10@1"), Sent)
+    assert_moved(source, destination, "req-10@1")
     wanted = pattern(LAYOUT, 1)
     assert differing(LAYOUT, destination.view[100:140], wanted[[*range(100, 120), *range(200, 220)]]) == []
     assert (destination.view[:40] == 0xEE).all(), "nothing is written after TransferFailed"
 
 
 @pytest.mark.parametrize("who", ["source", "destination"])
-def test_closing_a_messenger_fails_what_is_open_on_both_sides(
-    options: TransferOptions, local: MakeLocal, who: str
-) -> None:
-    source, destination = local(LAYOUT, options, "prefill", 1), local(LAYOUT, options, "decode", 2)
+def test_closing_a_messenger_fails_what_is_open_on_both_sides(options: TransferOptions, ranks: Ranks, who: str) -> None:
+    source, destination = ranks.pair(LAYOUT, options)
     closed = source if who == "source" else destination
-    source.open_send("r@1", 4)
-    source.send_blocks("r@1", 0, [1, 2])
-    destination.receive("r@1", [source.endpoint], [1, 2, 3, 4])
-    wait_for(lambda: np.array_equal(destination.view[[1, 2]], source.view[[1, 2]]))
+    move_half(source, destination, "r@1")
     closed.messenger.close()
     assert isinstance(destination.wait("r@1"), TransferFailed)
     assert isinstance(source.wait("r@1"), TransferFailed)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +16,8 @@ from kv_transfer import KVLayout, RankEndpoint, Received, Sent, TransferFailed, 
 from tests.cuda_twin import TwinRuntime
 from tests.integration.kv_instances import lane_options, lanes
 from tests.integration.kv_memory import cuda_runtime
-from tests.integration.kv_rank import IN_VM, LAYOUT, WAIT_S, LocalRank, RemoteRank, differing, pattern
+from tests.integration.kv_pairs import AnyRank, Ranks, assert_moves, move_half, move_other_half
+from tests.integration.kv_rank import IN_VM, LAYOUT, WAIT_S, LocalRank, RemoteRank, differing, pattern, wait_for
 
 # RDMA needs devices: it takes part in the VM that has them (make test-rdma).
 LANES = lanes()
@@ -35,98 +34,72 @@ def quick(lane: str, **other: float) -> TransferOptions:
     return dataclasses.replace(lane_options(lane), **given)
 
 
-@pytest.fixture
-def ranks() -> Iterator[contextlib.ExitStack]:
-    """Closes what is pushed on it, last first."""
-    with contextlib.ExitStack() as stack:
-        yield stack
+def begin_big(source: AnyRank, destination: AnyRank) -> None:
+    """A transfer of all of BIG; returns while its bytes flow.
+
+    One block is held back, so that it cannot be over meanwhile, however fast the others move.
+    """
+    first = destination.view[0].copy()
+    source.open_send("r@1", BIG.num_blocks)
+    source.send_blocks("r@1", 0, range(BIG.num_blocks - 1))
+    destination.receive("r@1", [source.endpoint], range(BIG.num_blocks))
+    wait_for(lambda: not np.array_equal(destination.view[0], first))
 
 
-AnyRank = TypeVar("AnyRank", LocalRank, RemoteRank)
-
-
-def keep(ranks: contextlib.ExitStack, rank: AnyRank) -> AnyRank:
-    ranks.callback(rank.close)
-    return rank
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < until, "it does not happen"
-        time.sleep(0.001)
-
-
-def assert_moves(source: LocalRank | RemoteRank, destination: LocalRank | RemoteRank, transfer_id: str) -> None:
-    """A transfer between the two works, to the last byte."""
-    ids = list(range(20, 60))
-    destination.receive(transfer_id, [source.endpoint], ids[::-1])
-    source.send(transfer_id, ids)
-    assert isinstance(destination.wait(transfer_id), Received)
-    assert isinstance(source.wait(transfer_id), Sent)
-    assert differing(source.layout, destination.view[ids[::-1]], source.view[ids]) == []
+def abort_beside_a_stopped_source(source: RemoteRank, destination: LocalRank) -> None:
+    """The destination aborts, and uses its memory for something of seed 9; only then the source wakes."""
+    source.stop()
+    destination.abort("r@1", "lease lost")
+    assert isinstance(destination.wait("r@1"), TransferFailed)
+    destination.fill(9)
+    source.resume()
+    assert isinstance(source.wait("r@1"), TransferFailed)
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_a_source_killed_in_mid_transfer_fails_it_and_the_next_source_works(
-    lane: str, ranks: contextlib.ExitStack
-) -> None:
-    source = keep(ranks, RemoteRank(LAYOUT, quick(lane), "prefill", 1))
-    destination = keep(ranks, LocalRank(LAYOUT, quick(lane), "decode", 2))
-    source.open_send("r@1", 10)
-    source.send_blocks("r@1", 0, range(5))
-    destination.receive("r@1", [source.endpoint], range(10))
-    wait_for(lambda: np.array_equal(destination.view[:5], source.view[:5]))
+def test_a_source_killed_in_mid_transfer_fails_it_and_the_next_source_works(lane: str, ranks: Ranks) -> None:
+    source = ranks.remote(LAYOUT, quick(lane), "prefill", 1)
+    destination = ranks.local(LAYOUT, quick(lane), "decode", 2)
+    move_half(source, destination, "r@1")
     source.kill()
     failed = destination.wait("r@1")
     assert isinstance(failed, TransferFailed)
     assert failed.peer == source.endpoint.describe()
     destination.fill(7)
-    assert_moves(keep(ranks, RemoteRank(LAYOUT, quick(lane), "prefill", 3)), destination, "r@2")
+    assert_moves(ranks.remote(LAYOUT, quick(lane), "prefill", 3), destination, "r@2")
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_a_destination_killed_in_mid_transfer_fails_it_and_the_next_destination_works(
-    lane: str, ranks: contextlib.ExitStack
-) -> None:
-    source = keep(ranks, LocalRank(LAYOUT, quick(lane), "prefill", 1))
-    destination = keep(ranks, RemoteRank(LAYOUT, quick(lane), "decode", 2))
-    source.open_send("r@1", 10)
-    source.send_blocks("r@1", 0, range(5))
-    destination.receive("r@1", [source.endpoint], range(10))
-    wait_for(lambda: np.array_equal(destination.view[:5], source.view[:5]))
+def test_a_destination_killed_in_mid_transfer_fails_it_and_the_next_destination_works(lane: str, ranks: Ranks) -> None:
+    source = ranks.local(LAYOUT, quick(lane), "prefill", 1)
+    destination = ranks.remote(LAYOUT, quick(lane), "decode", 2)
+    move_half(source, destination, "r@1")
     destination.kill()
     failed = source.wait("r@1")
     assert isinstance(failed, TransferFailed)
     assert "decode" in failed.peer
-    assert_moves(source, keep(ranks, RemoteRank(LAYOUT, quick(lane), "decode", 3)), "r@2")
+    assert_moves(source, ranks.remote(LAYOUT, quick(lane), "decode", 3), "r@2")
 
 
 @pytest.mark.parametrize("lane", FAST_LANES)
 @pytest.mark.parametrize("side", ["source", "destination"])
-def test_a_peer_killed_while_bytes_flow_fails_the_transfer(lane: str, side: str, ranks: contextlib.ExitStack) -> None:
+def test_a_peer_killed_while_bytes_flow_fails_the_transfer(lane: str, side: str, ranks: Ranks) -> None:
     options = quick(lane, chunk_bytes=1 << 20)
     if side == "source":
-        victim = source = keep(ranks, RemoteRank(BIG, options, "prefill", 1))
-        survivor = destination = keep(ranks, LocalRank(BIG, options, "decode", 2))
+        victim = source = ranks.remote(BIG, options, "prefill", 1)
+        survivor = destination = ranks.local(BIG, options, "decode", 2)
     else:
-        survivor = source = keep(ranks, LocalRank(BIG, options, "prefill", 1))
-        victim = destination = keep(ranks, RemoteRank(BIG, options, "decode", 2))
-    source.open_send("r@1", BIG.num_blocks)
-    source.send_blocks("r@1", 0, range(BIG.num_blocks - 1))
-    first = destination.view[0].copy()
-    destination.receive("r@1", [source.endpoint], range(BIG.num_blocks))
-    wait_for(lambda: not np.array_equal(destination.view[0], first))
+        survivor = source = ranks.local(BIG, options, "prefill", 1)
+        victim = destination = ranks.remote(BIG, options, "decode", 2)
+    begin_big(source, destination)
     victim.kill()
     assert isinstance(survivor.wait("r@1"), TransferFailed)
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_blocks_reused_while_their_reader_is_stopped_are_not_taken_for_the_transfers(
-    lane: str, ranks: contextlib.ExitStack
-) -> None:
-    source = keep(ranks, LocalRank(LAYOUT, quick(lane), "prefill", 1))
-    destination = keep(ranks, RemoteRank(LAYOUT, quick(lane), "decode", 2))
+def test_blocks_reused_while_their_reader_is_stopped_are_not_taken_for_the_transfers(lane: str, ranks: Ranks) -> None:
+    source = ranks.local(LAYOUT, quick(lane), "prefill", 1)
+    destination = ranks.remote(LAYOUT, quick(lane), "decode", 2)
     assert_moves(source, destination, "warm@1")
     before = destination.view.copy()
     source.open_send("r@1", 40)
@@ -148,49 +121,27 @@ def test_blocks_reused_while_their_reader_is_stopped_are_not_taken_for_the_trans
 
 
 @pytest.mark.parametrize("lane", FAST_LANES)
-def test_a_source_that_was_stopped_while_bytes_flowed_changes_no_byte_after_the_abort(
-    lane: str, ranks: contextlib.ExitStack
-) -> None:
+def test_a_source_that_was_stopped_while_bytes_flowed_changes_no_byte_after_the_abort(lane: str, ranks: Ranks) -> None:
     options = quick(lane, chunk_bytes=1 << 20)
-    source = keep(ranks, RemoteRank(BIG, options, "prefill", 1))
-    destination = keep(ranks, LocalRank(BIG, options, "decode", 2))
-    first = destination.view[0].copy()
-    # One block is held back, so that it cannot be over before the abort, however fast the others move.
-    source.open_send("r@1", BIG.num_blocks)
-    source.send_blocks("r@1", 0, range(BIG.num_blocks - 1))
-    destination.receive("r@1", [source.endpoint], range(BIG.num_blocks))
-    wait_for(lambda: not np.array_equal(destination.view[0], first))
-    source.stop()
-    destination.abort("r@1", "lease lost")
-    assert isinstance(destination.wait("r@1"), TransferFailed)
-    destination.fill(9)
-    source.resume()
-    assert isinstance(source.wait("r@1"), TransferFailed)
-    assert_moves(source, destination, "r@2")
-    wanted = pattern(BIG, 9)
-    wanted[59:19:-1] = pattern(BIG, 1)[20:60]
-    assert differing(BIG, destination.view, wanted) == []
+    source = ranks.remote(BIG, options, "prefill", 1)
+    destination = ranks.local(BIG, options, "decode", 2)
+    begin_big(source, destination)
+    abort_beside_a_stopped_source(source, destination)
+    assert_moves(source, destination, "r@2", others_hold=9)
 
 
 @pytest.mark.parametrize("lane", FAST_LANES)
-def test_nothing_is_written_after_an_abort_where_blocks_are_packed_and_unpacked(
-    lane: str, ranks: contextlib.ExitStack
-) -> None:
+def test_nothing_is_written_after_an_abort_where_blocks_are_packed_and_unpacked(lane: str, ranks: Ranks) -> None:
     options = quick(lane, chunk_bytes=1 << 20, checksum="crc32")
     token_major = dataclasses.replace(BIG, block_size=32, num_blocks=256)
     head_major = dataclasses.replace(BIG, packing="block-major-hnd")
-    source = keep(ranks, RemoteRank(token_major, options, "prefill", 1))
-    destination = keep(ranks, LocalRank(head_major, options, "decode", 2))
+    source = ranks.remote(token_major, options, "prefill", 1)
+    destination = ranks.local(head_major, options, "decode", 2)
     first = destination.view[:2].copy()
     source.send("r@1", range(token_major.num_blocks))
     destination.receive("r@1", [source.endpoint], range(head_major.num_blocks))
     wait_for(lambda: not np.array_equal(destination.view[:2], first))
-    source.stop()
-    destination.abort("r@1", "lease lost")
-    assert isinstance(destination.wait("r@1"), TransferFailed)
-    destination.fill(9)
-    source.resume()
-    assert isinstance(source.wait("r@1"), TransferFailed)
+    abort_beside_a_stopped_source(source, destination)
     destination.receive("r@2", [source.endpoint], [3, 2])
     source.send("r@2", [5])
     assert isinstance(destination.wait("r@2"), Received)
@@ -201,13 +152,11 @@ def test_nothing_is_written_after_an_abort_where_blocks_are_packed_and_unpacked(
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_a_rank_that_dies_fails_its_transfers_on_every_rank_and_leaves_the_others_free(
-    lane: str, ranks: contextlib.ExitStack
-) -> None:
+def test_a_rank_that_dies_fails_its_transfers_on_every_rank_and_leaves_the_others_free(lane: str, ranks: Ranks) -> None:
     halves = [dataclasses.replace(LAYOUT, tp_size=2, tp_rank=rank) for rank in range(2)]
-    survivor = keep(ranks, LocalRank(halves[0], quick(lane), "prefill", 1))
-    victim = keep(ranks, RemoteRank(halves[1], quick(lane), "prefill", 2))
-    destination = keep(ranks, LocalRank(LAYOUT, quick(lane), "decode", 3))
+    survivor = ranks.local(halves[0], quick(lane), "prefill", 1)
+    victim = ranks.remote(halves[1], quick(lane), "prefill", 2)
+    destination = ranks.local(LAYOUT, quick(lane), "decode", 3)
     for source in (survivor, victim):
         source.open_send("r@1", 10)
         source.send_blocks("r@1", 0, range(5))
@@ -222,7 +171,7 @@ def test_a_rank_that_dies_fails_its_transfers_on_every_rank_and_leaves_the_other
     assert isinstance(told, TransferFailed)
     assert "the destination gave up" in told.reason
     destination.fill(4)
-    next_victim = keep(ranks, LocalRank(halves[1], quick(lane), "prefill", 5))
+    next_victim = ranks.local(halves[1], quick(lane), "prefill", 5)
     destination.receive("r@2", [survivor.endpoint, next_victim.endpoint], range(10))
     for source in (survivor, next_victim):
         source.send("r@2", range(10))
@@ -231,13 +180,10 @@ def test_a_rank_that_dies_fails_its_transfers_on_every_rank_and_leaves_the_other
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_a_peer_that_stands_still_is_taken_for_gone_by_the_other_side(lane: str, ranks: contextlib.ExitStack) -> None:
-    source = keep(ranks, LocalRank(LAYOUT, quick(lane), "prefill", 1))
-    destination = keep(ranks, RemoteRank(LAYOUT, quick(lane), "decode", 2))
-    source.open_send("r@1", 10)
-    source.send_blocks("r@1", 0, range(5))
-    destination.receive("r@1", [source.endpoint], range(10))
-    wait_for(lambda: np.array_equal(destination.view[:5], source.view[:5]))
+def test_a_peer_that_stands_still_is_taken_for_gone_by_the_other_side(lane: str, ranks: Ranks) -> None:
+    source = ranks.local(LAYOUT, quick(lane), "prefill", 1)
+    destination = ranks.remote(LAYOUT, quick(lane), "decode", 2)
+    move_half(source, destination, "r@1")
     destination.stop()
     failed = source.wait("r@1")
     assert isinstance(failed, TransferFailed)
@@ -247,9 +193,9 @@ def test_a_peer_that_stands_still_is_taken_for_gone_by_the_other_side(lane: str,
     assert_moves(source, destination, "r@2")
 
 
-def test_either_side_alone_fails_at_its_deadline(ranks: contextlib.ExitStack) -> None:
-    source = keep(ranks, LocalRank(LAYOUT, quick("tcp"), "prefill"))
-    destination = keep(ranks, LocalRank(LAYOUT, quick("tcp"), "decode"))
+def test_either_side_alone_fails_at_its_deadline(ranks: Ranks) -> None:
+    source = ranks.local(LAYOUT, quick("tcp"), "prefill")
+    destination = ranks.local(LAYOUT, quick("tcp"), "decode")
     source.send("alone@1", [1], deadline_s=0.3)
     destination.receive("other@1", [source.endpoint], [1], deadline_s=0.3)
     for rank, transfer_id in ((source, "alone@1"), (destination, "other@1")):
@@ -258,10 +204,10 @@ def test_either_side_alone_fails_at_its_deadline(ranks: contextlib.ExitStack) ->
         assert "deadline of 0.3 s" in failed.reason
 
 
-def test_an_address_where_nobody_listens_fails_the_transfer(ranks: contextlib.ExitStack) -> None:
+def test_an_address_where_nobody_listens_fails_the_transfer(ranks: Ranks) -> None:
     source = LocalRank(LAYOUT, quick("tcp"), "prefill")
     source.close()
-    destination = keep(ranks, LocalRank(LAYOUT, quick("tcp"), "decode"))
+    destination = ranks.local(LAYOUT, quick("tcp"), "decode")
     destination.receive("r@1", [source.endpoint], [1])
     failed = destination.wait("r@1")
     assert isinstance(failed, TransferFailed)
@@ -356,44 +302,29 @@ def through(endpoint: RankEndpoint, *, control: Wire | None = None, data: Wire |
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_a_link_that_falls_silent_fails_its_transfers_on_both_sides_and_no_others(
-    lane: str, ranks: contextlib.ExitStack
-) -> None:
-    source = keep(ranks, LocalRank(LAYOUT, quick(lane), "prefill", 1))
-    far = keep(ranks, LocalRank(LAYOUT, quick(lane), "decode", 2))
-    near = keep(ranks, LocalRank(LAYOUT, quick(lane), "decode", 3))
+def test_a_link_that_falls_silent_fails_its_transfers_on_both_sides_and_no_others(lane: str, ranks: Ranks) -> None:
+    source = ranks.local(LAYOUT, quick(lane), "prefill", 1)
+    far = ranks.local(LAYOUT, quick(lane), "decode", 2)
+    near = ranks.local(LAYOUT, quick(lane), "decode", 3)
     wire = Wire(source.endpoint.control_port)
     ranks.callback(wire.close)
-    for rank, transfer_id in ((far, "far@1"), (near, "near@1")):
-        source.open_send(transfer_id, 10)
-        source.send_blocks(transfer_id, 0, range(5))
-        endpoint = through(source.endpoint, control=wire) if rank is far else source.endpoint
-        rank.receive(transfer_id, [endpoint], range(10))
-        wait_for(lambda view=rank.view: np.array_equal(view[:5], source.view[:5]))
+    move_half(source, far, "far@1", at=through(source.endpoint, control=wire))
+    move_half(source, near, "near@1")
     wire.silence()
     assert isinstance(far.wait("far@1"), TransferFailed)
     assert isinstance(source.wait("far@1"), TransferFailed)
-    source.send_blocks("near@1", 5, range(5, 10))
-    source.finish_send("near@1")
-    assert isinstance(near.wait("near@1"), Received)
-    assert isinstance(source.wait("near@1"), Sent)
+    move_other_half(source, near, "near@1")
 
 
 @pytest.mark.parametrize("which", ["control", "data"])
-def test_a_connection_that_breaks_fails_its_transfers_and_is_made_anew_for_the_next(
-    which: str, ranks: contextlib.ExitStack
-) -> None:
-    source = keep(ranks, LocalRank(LAYOUT, quick("tcp"), "prefill", 1))
-    destination = keep(ranks, LocalRank(LAYOUT, quick("tcp"), "decode", 2))
+def test_a_connection_that_breaks_fails_its_transfers_and_is_made_anew_for_the_next(which: str, ranks: Ranks) -> None:
+    source, destination = ranks.pair(LAYOUT, quick("tcp"))
     control = Wire(source.endpoint.control_port)
     data = Wire(int(source.endpoint.transports["tcp"]["port"]))
     ranks.callback(control.close)
     ranks.callback(data.close)
     endpoint = through(source.endpoint, control=control, data=data)
-    source.open_send("r@1", 10)
-    source.send_blocks("r@1", 0, range(5))
-    destination.receive("r@1", [endpoint], range(10))
-    wait_for(lambda: np.array_equal(destination.view[:5], source.view[:5]))
+    move_half(source, destination, "r@1", at=endpoint)
     (control if which == "control" else data).cut()
     assert isinstance(destination.wait("r@1"), TransferFailed)
     assert isinstance(source.wait("r@1"), TransferFailed)
@@ -406,21 +337,15 @@ def test_a_connection_that_breaks_fails_its_transfers_and_is_made_anew_for_the_n
 
 @pytest.mark.parametrize("lane", LANES)
 def test_a_pause_of_both_sides_that_is_longer_than_the_allowed_silence_costs_no_transfer(
-    lane: str, ranks: contextlib.ExitStack
+    lane: str, ranks: Ranks
 ) -> None:
-    source = keep(ranks, RemoteRank(LAYOUT, quick(lane), "prefill", 1))
-    destination = keep(ranks, RemoteRank(LAYOUT, quick(lane), "decode", 2))
-    source.open_send("r@1", 10)
-    source.send_blocks("r@1", 0, range(5))
-    destination.receive("r@1", [source.endpoint], range(10))
-    wait_for(lambda: np.array_equal(destination.view[:5], source.view[:5]))
+    source = ranks.remote(LAYOUT, quick(lane), "prefill", 1)
+    destination = ranks.remote(LAYOUT, quick(lane), "decode", 2)
+    move_half(source, destination, "r@1")
     for rank in (source, destination):
         rank.stop()
     # What is waited for is the passing of time itself.
     time.sleep(1.5 * quick(lane).silence_s)
     for rank in (source, destination):
         rank.resume()
-    source.send_blocks("r@1", 5, range(5, 10))
-    source.finish_send("r@1")
-    assert isinstance(destination.wait("r@1"), Received)
-    assert isinstance(source.wait("r@1"), Sent)
+    move_other_half(source, destination, "r@1")

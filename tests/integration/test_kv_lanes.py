@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
@@ -10,8 +9,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -25,19 +22,12 @@ from kv_transfer import (
     TransportFailed,
     UnknownTransport,
 )
-from tests.integration.kv_rank import LAYOUT, ROOT, WAIT_S, LocalRank, differing
+from tests.integration.kv_pairs import Ranks
+from tests.integration.kv_rank import LAYOUT, ROOT, LocalRank, differing, wait_for
 
 
-@pytest.fixture
-def ranks() -> Iterator[contextlib.ExitStack]:
-    with contextlib.ExitStack() as stack:
-        yield stack
-
-
-def rank(ranks: contextlib.ExitStack, name: str, *protocols: str) -> LocalRank:
-    made = LocalRank(LAYOUT, TransferOptions(protocols=protocols), name, seed=len(name))
-    ranks.callback(made.close)
-    return made
+def rank(ranks: Ranks, name: str, *protocols: str) -> LocalRank:
+    return ranks.local(LAYOUT, TransferOptions(protocols=protocols), name, seed=len(name))
 
 
 def move(source: LocalRank, destination: LocalRank, endpoint: RankEndpoint) -> Received | TransferFailed:
@@ -62,7 +52,7 @@ def changed(endpoint: RankEndpoint, **fields: object) -> RankEndpoint:
     ],
 )
 def test_the_destinations_first_choice_among_what_both_have_is_used(
-    ranks: contextlib.ExitStack, mine: tuple[str, ...], theirs: tuple[str, ...], lane: str
+    ranks: Ranks, mine: tuple[str, ...], theirs: tuple[str, ...], lane: str
 ) -> None:
     source, destination = rank(ranks, "prefill", *theirs), rank(ranks, "decode", *mine)
     event = move(source, destination, source.endpoint)
@@ -71,7 +61,7 @@ def test_the_destinations_first_choice_among_what_both_have_is_used(
     assert destination.counters()["downgrades_total"] == 0
 
 
-def test_another_host_is_reached_by_tcp_without_a_warning(ranks: contextlib.ExitStack) -> None:
+def test_another_host_is_reached_by_tcp_without_a_warning(ranks: Ranks) -> None:
     source, destination = rank(ranks, "prefill", "ipc", "tcp"), rank(ranks, "decode", "ipc", "tcp")
     event = move(source, destination, changed(source.endpoint, host_id="another/pid:[1]"))
     assert isinstance(event, Received)
@@ -80,7 +70,7 @@ def test_another_host_is_reached_by_tcp_without_a_warning(ranks: contextlib.Exit
 
 
 def test_a_lane_that_should_work_and_does_not_is_a_warning_and_a_counted_downgrade(
-    ranks: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
+    ranks: Ranks, caplog: pytest.LogCaptureFixture
 ) -> None:
     source, destination = rank(ranks, "prefill", "ipc", "tcp"), rank(ranks, "decode", "ipc", "tcp")
     offers = {name: dict(offer) for name, offer in source.endpoint.transports.items()}
@@ -95,7 +85,7 @@ def test_a_lane_that_should_work_and_does_not_is_a_warning_and_a_counted_downgra
     assert "another pool than the one announced" in caplog.text
 
 
-def test_a_file_that_is_no_pool_is_not_mapped(ranks: contextlib.ExitStack) -> None:
+def test_a_file_that_is_no_pool_is_not_mapped(ranks: Ranks) -> None:
     source, destination = rank(ranks, "prefill", "shm"), rank(ranks, "decode", "shm")
     with open(__file__, "rb") as file:
         offer = {"fd": file.fileno(), "nonce": source.pool.nonce.hex()}
@@ -105,7 +95,7 @@ def test_a_file_that_is_no_pool_is_not_mapped(ranks: contextlib.ExitStack) -> No
     assert "no transport reaches prefill" in failed.reason
 
 
-def test_a_pair_without_a_common_lane_fails_with_the_reason_for_each(ranks: contextlib.ExitStack) -> None:
+def test_a_pair_without_a_common_lane_fails_with_the_reason_for_each(ranks: Ranks) -> None:
     source, destination = rank(ranks, "prefill", "shm"), rank(ranks, "decode", "shm", "tcp")
     event = move(source, destination, changed(source.endpoint, host_id="another/pid:[1]"))
     assert isinstance(event, TransferFailed)
@@ -157,14 +147,12 @@ def test_a_full_dev_shm_costs_nobody_a_pool_or_a_transfer() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "moved\n", "")
 
 
-def test_a_source_that_was_connected_to_eagerly_is_up_before_the_first_transfer(ranks: contextlib.ExitStack) -> None:
+def test_a_source_that_was_connected_to_eagerly_is_up_before_the_first_transfer(ranks: Ranks) -> None:
     source, destination = rank(ranks, "prefill", "shm", "tcp"), rank(ranks, "decode", "tcp")
     destination.messenger.connect([source.endpoint])
-    until = time.monotonic() + WAIT_S
-    while not (lanes := destination.messenger.lanes()) or lanes[0].state != "up":
-        assert time.monotonic() < until
-        time.sleep(0.002)
-    assert (lanes[0].lane, lanes[0].num_bytes, lanes[0].instead_of) == ("tcp", 0, "")
+    wait_for(lambda: [lane.state for lane in destination.messenger.lanes()] == ["up"])
+    (before,) = destination.messenger.lanes()
+    assert (before.lane, before.num_bytes, before.instead_of) == ("tcp", 0, "")
     assert isinstance(move(source, destination, source.endpoint), Received)
     (after,) = destination.messenger.lanes()
     assert after.num_bytes == 9 * LAYOUT.block_bytes
@@ -174,7 +162,7 @@ def test_a_source_that_was_connected_to_eagerly_is_up_before_the_first_transfer(
 
 
 def test_what_stands_in_the_way_of_an_eager_connection_is_logged_and_fails_the_first_transfer(
-    ranks: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
+    ranks: Ranks, caplog: pytest.LogCaptureFixture
 ) -> None:
     source, destination = rank(ranks, "prefill", "shm"), rank(ranks, "decode", "tcp")
     with caplog.at_level(logging.WARNING, "kv_transfer"):
@@ -185,7 +173,7 @@ def test_what_stands_in_the_way_of_an_eager_connection_is_logged_and_fails_the_f
     assert "cannot fetch from prefill" in caplog.text
 
 
-def test_a_downgrade_shows_in_the_report_of_the_lane(ranks: contextlib.ExitStack) -> None:
+def test_a_downgrade_shows_in_the_report_of_the_lane(ranks: Ranks) -> None:
     source, destination = rank(ranks, "prefill", "ipc", "tcp"), rank(ranks, "decode", "ipc", "tcp")
     offers = {name: dict(offer) for name, offer in source.endpoint.transports.items()}
     offers["shm"]["nonce"] = secrets.token_hex(16)

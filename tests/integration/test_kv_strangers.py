@@ -9,13 +9,11 @@ import random
 import secrets
 import socket
 import struct
-import time
-from collections.abc import Iterator
 
 import msgpack
 import pytest
 
-from kv_transfer import RankEndpoint, Received, Sent, TransferFailed, TransferOptions
+from kv_transfer import RankEndpoint, Received, TransferFailed, TransferOptions
 from kv_transfer.handshake import greet, proof
 from kv_transfer.protocol import (
     MAX_MESSAGE_BYTES,
@@ -34,31 +32,10 @@ from kv_transfer.protocol import (
     encode,
 )
 from kv_transfer.transports.tcp_wire import MAGIC, PREFACE, REQUEST
-from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, differing
+from tests.integration.kv_pairs import Ranks, assert_moves
+from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, differing, wait_for
 
 OPTIONS = TransferOptions(protocols=("tcp",), secret="the topic's secret", heartbeat_s=0.2, silence_s=2.0)
-
-
-@pytest.fixture
-def ranks() -> Iterator[contextlib.ExitStack]:
-    with contextlib.ExitStack() as stack:
-        yield stack
-
-
-def rank(
-    ranks: contextlib.ExitStack, name: str, seed: int, options: TransferOptions = OPTIONS, **layout: object
-) -> LocalRank:
-    made = LocalRank(dataclasses.replace(LAYOUT, **layout), options, name, seed)
-    ranks.callback(made.close)
-    return made
-
-
-def assert_moves(source: LocalRank, destination: LocalRank, transfer_id: str) -> None:
-    destination.receive(transfer_id, [source.endpoint], range(40))
-    source.send(transfer_id, range(100, 140))
-    assert isinstance(destination.wait(transfer_id), Received)
-    assert isinstance(source.wait(transfer_id), Sent)
-    assert differing(LAYOUT, destination.view[:40], source.view[100:140]) == []
 
 
 def assert_refused(source: LocalRank, destination: LocalRank, *words: str) -> None:
@@ -117,19 +94,17 @@ class Caller:
 
 
 @pytest.fixture
-def pair(ranks: contextlib.ExitStack) -> tuple[LocalRank, LocalRank]:
-    return rank(ranks, "prefill", 1), rank(ranks, "decode", 2)
+def pair(ranks: Ranks) -> tuple[LocalRank, LocalRank]:
+    return ranks.pair(LAYOUT, OPTIONS)
 
 
-def call(ranks: contextlib.ExitStack, target: LocalRank) -> Caller:
+def call(ranks: Ranks, target: LocalRank) -> Caller:
     caller = Caller(target.endpoint)
     ranks.callback(caller.close)
     return caller
 
 
-def test_garbage_on_the_control_port_is_dropped_and_counted(
-    ranks: contextlib.ExitStack, pair: tuple[LocalRank, LocalRank]
-) -> None:
+def test_garbage_on_the_control_port_is_dropped_and_counted(ranks: Ranks, pair: tuple[LocalRank, LocalRank]) -> None:
     source, destination = pair
     rng = random.Random(0)
     frames = [rng.randbytes(rng.randrange(1, 200)) for _ in range(200)]
@@ -146,14 +121,11 @@ def test_garbage_on_the_control_port_is_dropped_and_counted(
     with socket.create_connection(("127.0.0.1", source.endpoint.control_port)) as raw:
         raw.sendall(os.urandom(10_000))
     assert_moves(source, destination, "r@1")
-    until = time.monotonic() + WAIT_S
-    while source.counters()["garbage_total"] < 100:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_for(lambda: source.counters()["garbage_total"] >= 100)
 
 
 def test_a_message_that_is_too_big_costs_its_sender_the_connection_and_nobody_else(
-    ranks: contextlib.ExitStack, pair: tuple[LocalRank, LocalRank]
+    ranks: Ranks, pair: tuple[LocalRank, LocalRank]
 ) -> None:
     source, destination = pair
     call(ranks, source).say(bytes(MAX_MESSAGE_BYTES + 1))
@@ -172,18 +144,15 @@ def test_garbage_on_the_data_port_is_dropped_and_counted(pair: tuple[LocalRank, 
                 except ConnectionResetError:
                     pass
     assert_moves(source, destination, "r@1")
-    until = time.monotonic() + WAIT_S
-    while source.counters()["tcp_strangers_total"] < 4:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_for(lambda: source.counters()["tcp_strangers_total"] >= 4)
 
 
 def test_who_does_not_know_the_secret_is_refused_on_either_side(
-    ranks: contextlib.ExitStack, pair: tuple[LocalRank, LocalRank]
+    ranks: Ranks, pair: tuple[LocalRank, LocalRank]
 ) -> None:
     source, destination = pair
-    stranger = rank(ranks, "stranger", 3, dataclasses.replace(OPTIONS, secret="another"))
-    nobody = rank(ranks, "nobody", 4, dataclasses.replace(OPTIONS, secret=None))
+    stranger = ranks.local(LAYOUT, dataclasses.replace(OPTIONS, secret="another"), "stranger", 3)
+    nobody = ranks.local(LAYOUT, dataclasses.replace(OPTIONS, secret=None), "nobody", 4)
     for other in (stranger, nobody):
         assert_refused(source, other, "do not share the same transfer secret")
     assert_refused(stranger, destination, "do not share the same transfer secret")
@@ -197,9 +166,7 @@ def test_who_does_not_know_the_secret_is_refused_on_either_side(
     assert_moves(source, destination, "r@1")
 
 
-def test_a_session_can_neither_fetch_nor_end_what_is_anothers(
-    ranks: contextlib.ExitStack, pair: tuple[LocalRank, LocalRank]
-) -> None:
+def test_a_session_can_neither_fetch_nor_end_what_is_anothers(ranks: Ranks, pair: tuple[LocalRank, LocalRank]) -> None:
     source, destination = pair
     source.open_send("r@1", 40)
     source.send_blocks("r@1", 0, range(100, 120))
@@ -223,7 +190,7 @@ def test_a_session_can_neither_fetch_nor_end_what_is_anothers(
 
 
 def test_a_known_peer_that_breaks_the_protocol_loses_its_session_only(
-    ranks: contextlib.ExitStack, pair: tuple[LocalRank, LocalRank]
+    ranks: Ranks, pair: tuple[LocalRank, LocalRank]
 ) -> None:
     source, destination = pair
     caller = call(ranks, source)
@@ -236,11 +203,9 @@ def test_a_known_peer_that_breaks_the_protocol_loses_its_session_only(
     assert_moves(source, destination, "r@1")
 
 
-def test_a_layout_mismatch_names_the_field_and_both_values(
-    ranks: contextlib.ExitStack, pair: tuple[LocalRank, LocalRank]
-) -> None:
+def test_a_layout_mismatch_names_the_field_and_both_values(ranks: Ranks, pair: tuple[LocalRank, LocalRank]) -> None:
     source, destination = pair
-    other = rank(ranks, "decode", 5, dtype="bfloat16", head_dim=16)
+    other = ranks.local(dataclasses.replace(LAYOUT, dtype="bfloat16", head_dim=16), OPTIONS, "decode", 5)
     source.open_send("r@1", 40)
     destination.receive("r@1", [source.endpoint], range(40))
     assert_refused(source, other, "dtype", "'bfloat16' here", "'float32' at the peer")
@@ -249,9 +214,7 @@ def test_a_layout_mismatch_names_the_field_and_both_values(
     assert isinstance(destination.wait("r@1"), Received), "other transfers are not affected"
 
 
-def test_a_source_checks_the_layout_that_it_is_told(
-    ranks: contextlib.ExitStack, pair: tuple[LocalRank, LocalRank]
-) -> None:
+def test_a_source_checks_the_layout_that_it_is_told(ranks: Ranks, pair: tuple[LocalRank, LocalRank]) -> None:
     source, destination = pair
     own = dataclasses.replace(destination.endpoint, layout=dataclasses.replace(destination.endpoint.layout, head_dim=2))
     caller = Caller(source.endpoint, own)
@@ -262,9 +225,7 @@ def test_a_source_checks_the_layout_that_it_is_told(
     assert "head_dim is '8' here and '2' at the peer" in answer.reason
 
 
-def test_another_wire_version_is_named_on_both_sides(
-    ranks: contextlib.ExitStack, pair: tuple[LocalRank, LocalRank]
-) -> None:
+def test_another_wire_version_is_named_on_both_sides(ranks: Ranks, pair: tuple[LocalRank, LocalRank]) -> None:
     source, destination = pair
     caller = call(ranks, source)
     caller.tell(dataclasses.replace(greet(destination.endpoint, source.endpoint), version=99))
@@ -309,10 +270,10 @@ def test_block_counts_that_differ_fail_both_sides_with_both_numbers(pair: tuple[
 
 def _token_of(source: LocalRank, transfer_id: str) -> bytes:
     """The token of a transfer's receiver: the secret that a thief would need, and that is not enough."""
-    until = time.monotonic() + WAIT_S
-    while True:
-        for token, owner in list(source.messenger._source._by_token.items()):
-            if owner == transfer_id:
-                return token
-        assert time.monotonic() < until
-        time.sleep(0.005)
+
+    def tokens() -> list[bytes]:
+        by_token = list(source.messenger._source._by_token.items())
+        return [token for token, owner in by_token if owner == transfer_id]
+
+    wait_for(lambda: bool(tokens()))
+    return tokens()[0]

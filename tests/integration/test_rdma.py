@@ -13,7 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ import pytest
 from kv_transfer import KVLayout, RdmaOptions, RdmaUnavailable, Received, Sent, TransferFailed, TransferOptions
 from kv_transfer.transports.rdma.device import Device
 from tests.integration.kv_instances import RDMA_WRITE
-from tests.integration.kv_rank import LAYOUT, ROOT, WAIT_S, LocalRank, RemoteRank, differing, pattern
+from tests.integration.kv_pairs import Ranks, assert_moves
+from tests.integration.kv_rank import LAYOUT, ROOT, WAIT_S, LocalRank, differing, pattern, wait_for
 
 pytestmark = [
     pytest.mark.rdma,
@@ -46,31 +47,6 @@ def with_rdma(options: TransferOptions, mode: str, **rdma: Any) -> TransferOptio
     return dataclasses.replace(options, rdma=RdmaOptions(mode=mode, **rdma))
 
 
-@pytest.fixture
-def ranks() -> Iterator[contextlib.ExitStack]:
-    with contextlib.ExitStack() as stack:
-        yield stack
-
-
-def local(ranks: contextlib.ExitStack, layout: KVLayout, options: TransferOptions, name: str, seed: int) -> LocalRank:
-    rank = LocalRank(layout, options, name, seed)
-    ranks.callback(rank.close)
-    return rank
-
-
-def remote(ranks: contextlib.ExitStack, layout: KVLayout, options: TransferOptions, name: str, seed: int) -> RemoteRank:
-    rank = RemoteRank(layout, options, name, seed)
-    ranks.callback(rank.close)
-    return rank
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < until, "it does not happen"
-        time.sleep(0.005)
-
-
 def run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
@@ -89,18 +65,9 @@ def received_packets(device: str) -> int:
     return int(Path(f"/sys/class/infiniband/{device}/ports/1/hw_counters/rcvd_pkts").read_text())
 
 
-def assert_moves(source: LocalRank | RemoteRank, destination: LocalRank, transfer_id: str) -> None:
-    ids = list(range(20, 60))
-    destination.receive(transfer_id, [source.endpoint], ids[::-1])
-    source.send(transfer_id, ids)
-    assert isinstance(destination.wait(transfer_id), Received)
-    assert isinstance(source.wait(transfer_id), Sent)
-    assert differing(source.layout, destination.view[ids[::-1]], source.view[ids]) == []
-
-
 @pytest.mark.parametrize(("src_tp", "dst_tp"), [(2, 1), (1, 2)])
 def test_each_rank_moves_its_part_over_its_own_device_and_port(
-    ranks: contextlib.ExitStack, src_tp: int, dst_tp: int, mode: str
+    ranks: Ranks, src_tp: int, dst_tp: int, mode: str
 ) -> None:
     shape = (30, 3, 2, 4, 2, 32)
     model_kv = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -115,8 +82,8 @@ def test_each_rank_moves_its_part_over_its_own_device_and_port(
 
     sent_from = with_rdma(OPTIONS, "read", nics=("rxe0", "rxe2"), ports=ports)
     sent_to = with_rdma(OPTIONS, mode, nics=("rxe1", "rxe3"))
-    sources = [local(ranks, layout, sent_from, "prefill", 1) for layout in layouts(src_tp)]
-    destinations = [local(ranks, layout, sent_to, "decode", 2) for layout in layouts(dst_tp)]
+    sources = [ranks.local(layout, sent_from, "prefill", 1) for layout in layouts(src_tp)]
+    destinations = [ranks.local(layout, sent_to, "decode", 2) for layout in layouts(dst_tp)]
     offers = [source.endpoint.transports["rdma"] for source in sources]
     assert [(offer["device"], offer["port"]) for offer in offers] == list(zip(("rxe0", "rxe2"), ports, strict=False))
     used = [f"rxe{2 * i + 1}" for i in range(dst_tp)] + [f"rxe{2 * i}" for i in range(src_tp)]
@@ -136,12 +103,12 @@ def test_each_rank_moves_its_part_over_its_own_device_and_port(
 
 
 def test_a_device_taken_down_in_mid_transfer_fails_it_and_leaves_every_other_byte_alone(
-    ranks: contextlib.ExitStack, mode: str
+    ranks: Ranks, mode: str
 ) -> None:
     spare, impatient = "rxe5", {"timeout_exponent": IMPATIENT_EXPONENT}
-    source = remote(ranks, BIG, with_rdma(OPTIONS, mode, nics=(spare,), **impatient), "p", 1)
+    source = ranks.remote(BIG, with_rdma(OPTIONS, mode, nics=(spare,), **impatient), "p", 1)
     options = with_rdma(OPTIONS, mode, nics=("rxe1",), **impatient)
-    destination = local(ranks, BIG, options, "decode", 2)
+    destination = ranks.local(BIG, options, "decode", 2)
     first = destination.view[100].copy()
     half = BIG.num_blocks // 2
     source.send("r@1", range(half))
@@ -163,17 +130,15 @@ def test_a_device_taken_down_in_mid_transfer_fails_it_and_leaves_every_other_byt
         assert deletion.wait(WAIT_S) == 0
         assert differing(BIG, destination.view, pattern(BIG, 7)) == []
     run("rdma", "link", "add", spare, "type", "rxe", "netdev", "eth5")
-    other = local(ranks, BIG, dataclasses.replace(OPTIONS, rdma=RdmaOptions(nics=("rxe0",))), "prefill", 3)
+    other = ranks.local(BIG, dataclasses.replace(OPTIONS, rdma=RdmaOptions(nics=("rxe0",))), "prefill", 3)
     assert_moves(other, destination, "r@2")
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
-def test_an_abort_does_not_wait_for_what_a_peer_never_answers(
-    ranks: contextlib.ExitStack, comes_back: bool, mode: str
-) -> None:
+def test_an_abort_does_not_wait_for_what_a_peer_never_answers(ranks: Ranks, comes_back: bool, mode: str) -> None:
     # What is lost on the wire is asked for again after seventeen seconds, and given up after two minutes.
     patient = dataclasses.replace(with_rdma(OPTIONS, mode, timeout_exponent=22), silence_s=20.0)
-    source, destination = local(ranks, BIG, patient, "prefill", 1), local(ranks, BIG, patient, "decode", 2)
+    source, destination = ranks.pair(BIG, patient)
     assert_moves(source, destination, "warm@1")
     wanted = destination.view.copy()
     for transfer_id, begin in (("given up@1", 100), ("other@1", 180)):
@@ -202,10 +167,10 @@ def test_an_abort_does_not_wait_for_what_a_peer_never_answers(
     assert destination.counters()["rdma_rebuilds_total"] >= 1
 
 
-def test_thousands_of_transfers_leave_nothing_behind(ranks: contextlib.ExitStack, mode: str) -> None:
+def test_thousands_of_transfers_leave_nothing_behind(ranks: Ranks, mode: str) -> None:
     layout = KVLayout("transformers", "tiny", "float32", 2, 2, 8, 4, 1000)
     options = with_rdma(OPTIONS, mode)
-    source, destination = local(ranks, layout, options, "prefill", 1), local(ranks, layout, options, "decode", 2)
+    source, destination = ranks.pair(layout, options)
     count = int(os.environ.get("RDMA_TRANSFERS", "10000"))
 
     def move(first: int, count: int) -> None:
@@ -238,11 +203,11 @@ def test_thousands_of_transfers_leave_nothing_behind(ranks: contextlib.ExitStack
 
 
 def test_a_peer_without_rdma_is_reached_by_tcp_with_a_warning_and_a_count(
-    ranks: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
+    ranks: Ranks, caplog: pytest.LogCaptureFixture
 ) -> None:
     both = dataclasses.replace(OPTIONS, protocols=("rdma", "tcp"))
-    source = local(ranks, LAYOUT, dataclasses.replace(OPTIONS, protocols=("tcp",)), "prefill", 1)
-    destination = local(ranks, LAYOUT, both, "decode", 2)
+    source = ranks.local(LAYOUT, dataclasses.replace(OPTIONS, protocols=("tcp",)), "prefill", 1)
+    destination = ranks.local(LAYOUT, both, "decode", 2)
     with caplog.at_level(logging.WARNING, "kv_transfer"):
         assert_moves(source, destination, "r@1")
     assert destination.counters()["downgrades_total"] == 1
@@ -250,13 +215,13 @@ def test_a_peer_without_rdma_is_reached_by_tcp_with_a_warning_and_a_count(
 
 
 def test_a_host_whose_named_device_is_missing_goes_on_over_tcp_only_where_that_is_allowed(
-    ranks: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
+    ranks: Ranks, caplog: pytest.LogCaptureFixture
 ) -> None:
     absent = dataclasses.replace(OPTIONS, protocols=("rdma", "tcp"), rdma=RdmaOptions(nics=("mlx5_0",)))
     with pytest.raises(RdmaUnavailable, match="no such device here; those that are: rxe0, rxe1"):
         LocalRank(LAYOUT, absent, "prefill")
     with caplog.at_level(logging.ERROR, "kv_transfer"):
-        source = local(ranks, LAYOUT, dataclasses.replace(absent, optional=("rdma",)), "prefill", 1)
+        source = ranks.local(LAYOUT, dataclasses.replace(absent, optional=("rdma",)), "prefill", 1)
     assert "goes on without rdma, over tcp: RDMA device 'mlx5_0'" in caplog.text
     assert source.counters()["lanes_missing_total"] == 1
     assert list(source.endpoint.transports) == ["tcp"]

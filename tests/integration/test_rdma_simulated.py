@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
-from kv_transfer import KVLayout, RdmaOptions, Received, Sent, TransferFailed, TransferOptions
+from kv_transfer import RdmaOptions, Received, TransferFailed, TransferOptions
 from kv_transfer.options import RDMA_MODES
 from kv_transfer.transports.rdma.wire import MAGIC, PREFACE_BYTES, VERSION
 from tests.integration.kv_instances import PAIRS, Move
-from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, differing, pattern
-from tests.simulated_verbs import Fabric, install
+from tests.integration.kv_pairs import Ranks, assert_moved
+from tests.integration.kv_rank import LAYOUT, WAIT_S, LocalRank, differing, pattern, wait_for
+from tests.simulated_verbs import Fabric
 
 # Other work of a busy machine must not make peers look silent.
 OPTIONS = TransferOptions(protocols=("rdma",), secret="a secret", chunk_bytes=8192, silence_s=30.0)
@@ -29,68 +29,43 @@ def options(request: pytest.FixtureRequest) -> TransferOptions:
 
 
 @pytest.fixture
-def fabric(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fabric]:
-    made = install(monkeypatch)
-    yield made
-    # Whatever a test did, its ranks are closed by now.
-    assert made.in_use() == {}
-    assert made.violations == []
-
-
-@pytest.fixture
-def rank(fabric: Fabric) -> Iterator[Callable[..., LocalRank]]:
-    with contextlib.ExitStack() as stack:
-
-        def make(layout: KVLayout, options: TransferOptions, name: str = "rank", seed: int = 0) -> LocalRank:
-            made = LocalRank(layout, options, name, seed)
-            stack.callback(made.close)
-            return made
-
-        yield make
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < until, "it does not happen"
-        time.sleep(0.002)
+def ranks(fabric: Fabric) -> Iterator[Ranks]:
+    """Closed before the fabric looks at what is left."""
+    with Ranks() as made:
+        yield made
 
 
 @pytest.mark.parametrize("rdma", [RdmaOptions(), SMALL], ids=["usual", "small"])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_every_byte_of_every_pair_of_layouts_arrives(
-    rank: Callable[..., LocalRank], options: TransferOptions, pair: str, rdma: RdmaOptions
+    ranks: Ranks, options: TransferOptions, pair: str, rdma: RdmaOptions
 ) -> None:
     options = dataclasses.replace(options, rdma=dataclasses.replace(rdma, mode=options.rdma.mode))
     sources, destinations = PAIRS[pair]
 
-    def make(layout: KVLayout, name: str) -> LocalRank:
-        return rank(layout, options, name)
-
-    Move(sources, destinations, make, num_tokens=70).move("r@1", b"first token")
+    Move(sources, destinations, partial(ranks.local, options=options), num_tokens=70).move("r@1", b"first token")
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_sge": 1, "max_sge_rd": 1}, {"max_qp_wr": 2}, {"max_cqe": 3}])
 def test_a_device_s_limits_are_kept(
-    fabric: Fabric, rank: Callable[..., LocalRank], options: TransferOptions, limits: dict[str, int]
+    fabric: Fabric, ranks: Ranks, options: TransferOptions, limits: dict[str, int]
 ) -> None:
     fabric.device = limits
-    source, destination = rank(LAYOUT, options, "prefill", 1), rank(LAYOUT, options, "decode", 2)
+    source, destination = ranks.pair(LAYOUT, options)
     src_ids, dst_ids = list(range(0, 200, 2)), list(range(199, 99, -1))
     destination.receive("r@1", [source.endpoint], dst_ids)
     source.send("r@1", src_ids)
-    assert isinstance(destination.wait("r@1"), Received)
-    assert isinstance(source.wait("r@1"), Sent)
+    assert_moved(source, destination, "r@1")
     wanted = pattern(LAYOUT, 2)
     wanted[dst_ids] = pattern(LAYOUT, 1)[src_ids]
     assert differing(LAYOUT, destination.view, wanted) == []
 
 
 def test_neighbours_at_the_other_end_are_one_read_or_write(
-    fabric: Fabric, rank: Callable[..., LocalRank], options: TransferOptions
+    fabric: Fabric, ranks: Ranks, options: TransferOptions
 ) -> None:
     options = dataclasses.replace(options, chunk_bytes=1 << 20)
-    source, destination = rank(LAYOUT, options, "prefill", 1), rank(LAYOUT, options, "decode", 2)
+    source, destination = ranks.pair(LAYOUT, options)
     apart, near = [7, 3, 9, 1, 50, 51, 52, 53], [*range(20, 24), *range(30, 34)]
     src_ids, dst_ids = (near, apart) if options.rdma.mode == "read" else (apart, near)
     destination.receive("r@1", [source.endpoint], dst_ids)
@@ -101,9 +76,9 @@ def test_neighbours_at_the_other_end_are_one_read_or_write(
 
 
 def test_a_cancelled_transfer_ends_while_what_moves_it_does_not_and_the_others_are_moved_again(
-    fabric: Fabric, rank: Callable[..., LocalRank], options: TransferOptions
+    fabric: Fabric, ranks: Ranks, options: TransferOptions
 ) -> None:
-    source, destination = rank(LAYOUT, options, "prefill", 1), rank(LAYOUT, options, "decode", 2)
+    source, destination = ranks.pair(LAYOUT, options)
     for transfer_id, first in (("given up@1", 0), ("other@1", 100)):
         source.send(transfer_id, range(first, first + 40))
     fabric.is_stuck = True
@@ -124,9 +99,9 @@ def test_a_cancelled_transfer_ends_while_what_moves_it_does_not_and_the_others_a
 
 
 def test_an_error_costs_no_transfer_once_and_the_link_when_nothing_works_any_more(
-    fabric: Fabric, rank: Callable[..., LocalRank], options: TransferOptions
+    fabric: Fabric, ranks: Ranks, options: TransferOptions
 ) -> None:
-    source, destination = rank(LAYOUT, options, "prefill", 1), rank(LAYOUT, options, "decode", 2)
+    source, destination = ranks.pair(LAYOUT, options)
     for number, failures in enumerate((0, 1, 1_000_000, 0)):
         transfer_id = f"r{number}@1"
         fabric.fail_next = failures
@@ -144,8 +119,8 @@ def test_an_error_costs_no_transfer_once_and_the_link_when_nothing_works_any_mor
             assert "the peer's NIC does not answer" in ended.reason
 
 
-def test_who_was_not_let_in_gets_no_queue_pair(fabric: Fabric, rank: Callable[..., LocalRank]) -> None:
-    source = rank(LAYOUT, OPTIONS, "prefill")
+def test_who_was_not_let_in_gets_no_queue_pair(fabric: Fabric, ranks: Ranks) -> None:
+    source = ranks.local(LAYOUT, OPTIONS, "prefill")
     port = int(source.endpoint.transports["rdma"]["port"])
     pairs = fabric.open["QP"]
     for said in (b"GET / HTTP/1.1\r\n\r\n" + bytes(PREFACE_BYTES), MAGIC + bytes([VERSION]) + bytes(1000)):
@@ -158,10 +133,8 @@ def test_who_was_not_let_in_gets_no_queue_pair(fabric: Fabric, rank: Callable[..
     assert fabric.open["QP"] == pairs
 
 
-def test_the_queue_pairs_of_a_peer_go_when_it_does(
-    fabric: Fabric, rank: Callable[..., LocalRank], options: TransferOptions
-) -> None:
-    source = rank(LAYOUT, options, "prefill", seed=1)
+def test_the_queue_pairs_of_a_peer_go_when_it_does(fabric: Fabric, ranks: Ranks, options: TransferOptions) -> None:
+    source = ranks.local(LAYOUT, options, "prefill", seed=1)
     before = fabric.in_use()
     threads = threading.active_count()
     for number in range(3):

@@ -24,9 +24,8 @@ from kv_transfer.transports.base import Cancelled, Fetched, LaneEvent, Link, Lin
 from kv_transfer.transports.rdma import RdmaTransport, fetching, serving, wire
 from kv_transfer.transports.rdma.orders import Order, pack_order
 from kv_transfer.transports.rdma.queue_pair import BAD_ORDER
-from tests.integration.kv_rank import LAYOUT, WAIT_S, differing, pattern
-from tests.integration.test_rdma_simulated import wait_for
-from tests.simulated_verbs import Fabric, install
+from tests.integration.kv_rank import LAYOUT, WAIT_S, differing, pattern, wait_for
+from tests.simulated_verbs import Fabric
 
 SESSION, TOKEN, OTHER = (bytes([n]) * TOKEN_BYTES for n in (1, 2, 3))
 PLAN = plan_pair(LAYOUT, LAYOUT)
@@ -76,14 +75,6 @@ class End:
 
 
 @pytest.fixture
-def fabric(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fabric]:
-    made = install(monkeypatch)
-    yield made
-    assert made.in_use() == {}
-    assert made.violations == []
-
-
-@pytest.fixture
 def end(fabric: Fabric) -> Iterator[Callable[..., End]]:
     with ExitStack() as stack:
 
@@ -129,13 +120,18 @@ def assert_only(destination: End, dst_ids: Sequence[int], wanted: np.ndarray) ->
     assert differing(LAYOUT, destination.view[:256], expected[:256]) == []
 
 
-def fetch_two_of_which_one_is_stuck(fabric: Fabric, source: End, link: Link) -> None:
-    """TOKEN's writes stay on the wire; OTHER is asked for behind them."""
-    for token, ids in ((TOKEN, range(40)), (OTHER, range(40, 60))):
-        source.allow(token, ids)
+def fetch_what_is_stuck(fabric: Fabric, source: End, link: Link) -> None:
+    """TOKEN's writes stay on the wire, as all that follow until the fabric is released."""
+    source.allow(TOKEN, range(40))
     fabric.is_stuck = True
     link.fetch(1, TOKEN, IDS[:40], IDS[:40])
     wait_for(lambda: fabric.num_held > 0)
+
+
+def fetch_two_of_which_one_is_stuck(fabric: Fabric, source: End, link: Link) -> None:
+    """TOKEN's writes stay on the wire; OTHER is asked for behind them."""
+    fetch_what_is_stuck(fabric, source, link)
+    source.allow(OTHER, range(40, 60))
     link.fetch(2, OTHER, IDS[40:60], IDS[100:120])
     fabric.is_stuck = False
 
@@ -163,10 +159,7 @@ def test_writes_of_a_cancelled_transfer_that_end_soon_cost_no_queue_pair(
 ) -> None:
     monkeypatch.setattr(fetching, "CANCEL_GRACE_S", WAIT_S)
     link = link_between(source, destination)
-    source.allow(TOKEN, range(40))
-    fabric.is_stuck = True
-    link.fetch(1, TOKEN, IDS[:40], IDS[:40])
-    wait_for(lambda: fabric.num_held > 0)
+    fetch_what_is_stuck(fabric, source, link)
     link.cancel(TOKEN)
     destination.settle()
     assert destination.events.empty(), "nothing may be said while something can land"
@@ -180,10 +173,7 @@ def test_a_revoked_transfer_is_read_by_nobody_once_the_source_says_so(
 ) -> None:
     monkeypatch.setattr(serving, "REVOKE_GRACE_S", WAIT_S)
     link = link_between(source, destination)
-    source.allow(TOKEN, range(40))
-    fabric.is_stuck = True
-    link.fetch(1, TOKEN, IDS[:40], IDS[:40])
-    wait_for(lambda: fabric.num_held > 0)
+    fetch_what_is_stuck(fabric, source, link)
     source.revoke(TOKEN)
     source.settle()
     assert source.events.empty(), "the device may read the pool yet"
