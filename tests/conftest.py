@@ -7,12 +7,13 @@ import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NoReturn
 
 import pytest
 
 from tests.redis_rigs import RedisServer, any_program, server_programs
+from tests.sharing import FAILED
 
 _topics = itertools.count()
 
@@ -66,6 +67,14 @@ def private_redis_server() -> Iterator[RedisServer]:
 def topic() -> str:
     """A topic that no other test uses."""
     return f"test-{os.getpid()}-{next(_topics)}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when != "teardown":
+        item.stash[FAILED] = report.failed
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -22,6 +21,7 @@ from tests.conftest import missing
 from tests.integration.test_scheduler import request_of, tokens_of
 from tests.integration.toy import ToyInstance, toy_answer, until
 from tests.redis_rigs import Cluster, SentinelTrio, any_program, slot_of, wait_until
+from tests.sharing import Shared
 
 TOPIC = "ha"
 
@@ -35,15 +35,25 @@ def program() -> str:
 
 
 @pytest.fixture(scope="module")
-def trio(program: str) -> Iterator[SentinelTrio]:
-    with SentinelTrio(program) as trio:
-        yield trio
+def trios(program: str) -> Iterator[Shared[SentinelTrio]]:
+    with Shared(lambda: SentinelTrio(program)) as shared:
+        yield shared
 
 
 @pytest.fixture(scope="module")
-def cluster(program: str) -> Iterator[Cluster]:
-    with Cluster(program, topic=TOPIC) as cluster:
-        yield cluster
+def clusters(program: str) -> Iterator[Shared[Cluster]]:
+    with Shared(lambda: Cluster(program, topic=TOPIC)) as shared:
+        yield shared
+
+
+@pytest.fixture
+def trio(trios: Shared[SentinelTrio], request: pytest.FixtureRequest) -> Iterator[SentinelTrio]:
+    yield from trios.lend(request)
+
+
+@pytest.fixture
+def cluster(clusters: Shared[Cluster], request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    yield from clusters.lend(request)
 
 
 @pytest.fixture(params=["sentinel", "cluster"])
@@ -64,8 +74,7 @@ class Load:
 
     def __init__(self, frontend: FrontEnd, tag: str) -> None:
         self._frontend = frontend
-        # The servers stay from test to test, and from a test to its second try.
-        self._tag = f"{tag}-{secrets.token_hex(4)}"
+        self._tag = tag
         self._stopped = asyncio.Event()
         self._tasks: list[asyncio.Task[bool]] = []
         self._num_done = 0

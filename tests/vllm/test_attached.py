@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from splitwise_sched.records import InstanceRecord
 from splitwise_sched.types import Request, SamplingParams
 from tests.e2e.reference import generate
 from tests.engine_drivers import random_prompt
+from tests.sharing import Shared
 from tests.vllm.engines import BLOCK_SIZE
 from tests.vllm.serving import READY_S, VllmServe
 
@@ -109,9 +111,9 @@ class Deployment:
         await self.fleet.wait_for_gateway(int(self.gateway.rpartition(":")[2]))
 
 
-@pytest.fixture(scope="module")
-def deployment(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    logs, port = tmp_path_factory.mktemp("logs"), free_port()
+@contextmanager
+def deployed(model: Path, logs: Path) -> Iterator[Deployment]:
+    port = free_port()
     with Fleet() as fleet, ExitStack() as stack:
         servers = {
             name: stack.enter_context(closing(VllmServe(name, model, logs))) for name in ("prefill-0", "decode-0")
@@ -126,8 +128,20 @@ def deployment(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         for server in servers.values():
             server.wait_ready()
         deployment = Deployment(fleet, servers, f"http://127.0.0.1:{port}")
-        asyncio.run(deployment.ready())
+        with ThreadPoolExecutor(1) as beside:
+            beside.submit(asyncio.run, deployment.ready()).result()
         yield deployment
+
+
+@pytest.fixture(scope="module")
+def deployments(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared[Deployment]]:
+    with Shared(lambda: deployed(model, tmp_path_factory.mktemp("logs"))) as shared:
+        yield shared
+
+
+@pytest.fixture
+def deployment(deployments: Shared[Deployment], request: pytest.FixtureRequest) -> Iterator[Deployment]:
+    yield from deployments.lend(request)
 
 
 @pytest.fixture

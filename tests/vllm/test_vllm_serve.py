@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from splitwise_sched.types import Request, SamplingParams
 from tests.e2e.reference import generate
 from tests.engine_drivers import random_prompt
+from tests.sharing import Shared
 from tests.vllm.serving import VllmServe
 from tests.vllm.survivors import survivors
 
@@ -30,15 +31,25 @@ def expected(model: Path) -> dict[str, list[int]]:
     return generate(model, REQUESTS)
 
 
-@pytest.fixture(scope="module")
-def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[VllmServe]]:
+@contextmanager
+def serving(model: Path, logs: Path) -> Iterator[list[VllmServe]]:
     """For prefill and for decode."""
-    logs = tmp_path_factory.mktemp("logs")
     with ExitStack() as stack:
         found = [stack.enter_context(closing(VllmServe(name, model, logs))) for name in ("prefill", "decode")]
         for server in found:
             server.wait_ready()
         yield found
+
+
+@pytest.fixture(scope="module")
+def all_servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared[list[VllmServe]]]:
+    with Shared(lambda: serving(model, tmp_path_factory.mktemp("logs"))) as shared:
+        yield shared
+
+
+@pytest.fixture
+def servers(all_servers: Shared[list[VllmServe]], request: pytest.FixtureRequest) -> Iterator[list[VllmServe]]:
+    yield from all_servers.lend(request)
 
 
 def test_a_proxy_that_passes_the_parameters_on_gets_the_tokens_of_one_engine(servers, expected):
