@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import psutil
 
@@ -11,6 +12,7 @@ from engine.demo.fleet import Fleet, Member
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.types import Request
+from tests.integration.toy import until
 
 ROUND_TRIPS = 5
 
@@ -19,15 +21,12 @@ async def tokens_of(stream: OutputStream) -> list[int]:
     return [token for output in [o async for o in stream] for token in output.token_ids]
 
 
-async def first(condition: Callable[[], Awaitable[str | None]]) -> str:
-    """The first thing that ``condition`` gives; it looks at other processes, so there is nothing to await."""
-
-    async def poll() -> str:
-        while (found := await condition()) is None:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-        return found
-
-    return await asyncio.wait_for(poll(), 60)
+async def start_two_pairs(fleet: Fleet, model: Path, flags: Sequence[str]) -> None:
+    """Two prefill and two decode instances, which serve when it returns."""
+    for role in ("prefill", "decode"):
+        for index in range(2):
+            fleet.start_instance(role, index, model, flags)
+    await fleet.wait_for_instances(4)
 
 
 def processes_of(member: Member) -> list[psutil.Process]:
@@ -78,7 +77,7 @@ async def kill_one_under_load(
                     process.resume()
             return None
 
-        name = await first(caught)
+        name = await until(caught, 60)
         member = fleet.members.pop(name)
         for process in trees[name]:
             process.kill()

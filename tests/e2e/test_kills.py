@@ -14,9 +14,10 @@ from engine.demo.fleet import Fleet
 from engine.testing import make_tiny_model
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.types import Request, SamplingParams
-from tests.e2e.killing import first, kill_one_under_load, tokens_of
+from tests.e2e.killing import kill_one_under_load, start_two_pairs, tokens_of
 from tests.e2e.reference import generate
 from tests.engine_drivers import random_prompt
+from tests.integration.toy import until
 
 FLAGS = ("--served-model-name", "tiny", "--num-gpu-blocks-override", "900", "--max-num-batched-tokens", "64")
 NUM_OUTPUT = 150
@@ -44,27 +45,17 @@ def expected(model: Path) -> dict[str, list[int]]:
 @pytest.mark.parametrize("victim", ["prefill", "decode"])
 async def test_killed_instance_costs_no_request_and_no_token(model, expected, victim):
     with Fleet() as fleet:
-        for role in ("prefill", "decode"):
-            for index in range(2):
-                fleet.start_instance(role, index, model, FLAGS)
-        await fleet.wait_for_instances(4)
+        await start_two_pairs(fleet, model, FLAGS)
         await kill_one_under_load(fleet, REQUESTS, victim, expected)
 
 
 async def test_terminated_instance_finishes_what_it_holds_and_ends(model, expected):
     with Fleet() as fleet:
-        for name in ("prefill", "decode"):
-            for index in range(2):
-                fleet.start_instance(name, index, model, FLAGS)
-        await fleet.wait_for_instances(4)
+        await start_two_pairs(fleet, model, FLAGS)
         async with FrontEnd(fleet.settings) as frontend:
             streams = [await frontend.submit(r) for r in REQUESTS]
             answers = [asyncio.create_task(tokens_of(s)) for s in streams]
-
-            async def some_tokens() -> str | None:
-                return "yes" if any(len(s.assembly.token_ids) > 5 for s in streams) else None
-
-            await first(some_tokens)
+            await until(lambda: any(len(s.assembly.token_ids) > 5 for s in streams), 60)
             leaving = [fleet.members.pop(name).process for name in ("prefill-0", "decode-0")]
             for process in leaving:
                 process.terminate()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +107,27 @@ def expected(model: Path) -> dict[str, list[int]]:
     return tokens
 
 
-@pytest.fixture(params=["shm", "tcp"])
-def pair(request: pytest.FixtureRequest, model: Path, redis_server, topic: str) -> Iterator[tuple[Watched, Watched]]:
-    settings = SchedulerSettings(
-        scheduler_host=redis_server.host, scheduler_port=redis_server.port, scheduler_topic=topic
-    )
-    both = [Watched(role, model, settings, request.param) for role in (Role.PREFILL, Role.DECODE)]
+@pytest.fixture
+def settings(redis_server, topic: str) -> SchedulerSettings:
+    return SchedulerSettings(scheduler_host=redis_server.host, scheduler_port=redis_server.port, scheduler_topic=topic)
+
+
+@contextlib.contextmanager
+def serving(instances: Sequence[Watched]) -> Iterator[None]:
     try:
-        for one in both:
+        for one in instances:
             one.start()
-        yield both[0], both[1]
+        yield
     finally:
-        for one in both:
+        for one in instances:
             one.close()
+
+
+@pytest.fixture(params=["shm", "tcp"])
+def pair(request: pytest.FixtureRequest, model: Path, settings: SchedulerSettings) -> Iterator[tuple[Watched, Watched]]:
+    both = [Watched(role, model, settings, request.param) for role in (Role.PREFILL, Role.DECODE)]
+    with serving(both):
+        yield both[0], both[1]
 
 
 async def answers_of(settings: SchedulerSettings) -> tuple[dict[str, list[int]], dict[str, dict[str, str]]]:
@@ -146,29 +155,18 @@ async def test_tokens_equal_generate_and_kv_bytes_arrive_by_layer_and_block(pair
 
 
 @pytest.mark.parametrize("case", [("shm", 16, 24), ("tcp", 24, 16)])
-async def test_instances_whose_blocks_differ_in_size_exchange_kv(model, expected, redis_server, topic, case):
+async def test_instances_whose_blocks_differ_in_size_exchange_kv(model, expected, settings, case):
     transport, *sizes = case
-    settings = SchedulerSettings(
-        scheduler_host=redis_server.host, scheduler_port=redis_server.port, scheduler_topic=topic
-    )
     roles = zip((Role.PREFILL, Role.DECODE), sizes, strict=True)
     both = [Watched(role, model, settings, transport, block_size=block_size) for role, block_size in roles]
-    try:
-        for one in both:
-            one.start()
+    with serving(both):
         answers, records = await answers_of(settings)
-    finally:
-        for one in both:
-            one.close()
     assert answers == expected
     assert {r["lane"] for r in records.values()} == {transport}
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
-async def test_a_request_whose_kv_is_damaged_on_its_way_is_run_again(model, expected, redis_server, topic, transport):
-    settings = SchedulerSettings(
-        scheduler_host=redis_server.host, scheduler_port=redis_server.port, scheduler_topic=topic
-    )
+async def test_a_request_whose_kv_is_damaged_on_its_way_is_run_again(model, expected, settings, transport):
     both = [Watched(role, model, settings, transport, checksum="crc32") for role in (Role.PREFILL, Role.DECODE)]
     original, damaged = LayerSums.of, []
 
@@ -180,15 +178,9 @@ async def test_a_request_whose_kv_is_damaged_on_its_way_is_run_again(model, expe
             both[0].engine.kv_pools[0].block_view(int(ids[2]), 1)[:] = 0
         return sums
 
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LayerSums, "of", of)
-            for one in both:
-                one.start()
-            answers, records = await answers_of(settings)
-    finally:
-        for one in both:
-            one.close()
+    with pytest.MonkeyPatch.context() as patch, serving(both):
+        patch.setattr(LayerSums, "of", of)
+        answers, records = await answers_of(settings)
     assert answers == expected
     assert sorted(record["epoch"] for record in records.values()) == ["1"] * (len(records) - 1) + ["2"]
     assert both[1].runner.ranks.counters()["checksum_mismatch_total"] == 1

@@ -24,7 +24,7 @@ from kv_transfer.options import TransferOptions
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.types import Request, Role, SamplingParams
-from tests.e2e.killing import kill_one_under_load, tokens_of
+from tests.e2e.killing import kill_one_under_load, start_two_pairs, tokens_of
 from tests.engine_drivers import random_prompt, run
 
 NUM_OUTPUT = 150
@@ -72,10 +72,7 @@ def expected(model: Path) -> dict[str, list[int]]:
 @pytest.mark.parametrize("victim", ["prefill", "decode"])
 async def test_killed_instance_costs_no_request_and_no_token(model, expected, victim):
     with Fleet() as fleet:
-        for role in ("prefill", "decode"):
-            for index in range(2):
-                fleet.start_instance(role, index, model, FLAGS)
-        await fleet.wait_for_instances(4)
+        await start_two_pairs(fleet, model, FLAGS)
         await kill_one_under_load(fleet, REQUESTS, victim, expected)
 
 

@@ -23,7 +23,7 @@ from tests.conftest import missing
 from tests.integration.test_conf_files import used_commands
 from tests.integration.test_scheduler import request_of, tokens_of
 from tests.integration.test_shards import kill
-from tests.integration.toy import ToyInstance, settings_for, toy_answer, until
+from tests.integration.toy import ToyInstance, settings_for, toy_answer, until_state
 from tests.redis_rigs import Cluster, RedisServer, SentinelTrio, any_program, pairs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,11 +76,7 @@ async def test_everything_that_can_happen_to_a_request_happens_under_the_rules(e
             await orphan.submit(request_of("orphaned", max_tokens=500))
             for task in orphan._tasks:
                 task.cancel()
-
-            async def is_cancelled() -> bool:
-                return (await frontend.request_record("orphaned")).get("state") == "cancelled"
-
-            await until(is_cancelled)
+            await until_state(frontend, "orphaned", "cancelled")
             with suppress(Exception):
                 await orphan.close()
             await prefill.session.drain()

@@ -93,11 +93,7 @@ class Load:
     async def more(self, count: int) -> None:
         """Until so many more have come to their end."""
         wanted = self._num_done + count
-
-        async def done() -> bool:
-            return self._num_done >= wanted
-
-        await until(done, 90)
+        await until(lambda: self._num_done >= wanted, 90)
 
     async def results(self) -> list[Any]:
         self._stopped.set()

@@ -13,7 +13,7 @@ from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.records import DecodeAssigned, Dropped, LeaseLost, PrefillAssigned
 from splitwise_sched.types import FinishReason, Request, Role, SamplingParams
-from tests.integration.toy import ToyInstance, settings_for, toy_answer, until
+from tests.integration.toy import ToyInstance, settings_for, toy_answer, until, until_state
 
 
 def request_of(request_id: str, max_tokens: int = 8, prompt: int = 20, model: str = "toy", **more: object) -> Request:
@@ -123,11 +123,7 @@ async def test_claims_wait_in_order_for_a_decode_instance_with_room(redis_server
         requests = [request_of(f"r{i}", max_tokens=4, prompt=44) for i in range(4)]
         streams = [await frontend.submit(r) for r in requests]
         await prefill.wait_for(PrefillAssigned, 1)
-
-        async def in_prefill() -> bool:
-            return (await frontend.request_record("r0")).get("state") == "prefill"
-
-        await until(in_prefill)
+        await until_state(frontend, "r0", "prefill")
         assert (await frontend.request_record("r1"))["state"] == "queued"
         decode.gate.set()
         assert await asyncio.gather(*map(tokens_of, streams)) == [toy_answer(r) for r in requests]
@@ -165,11 +161,7 @@ async def test_request_of_an_instance_that_vanishes_goes_on_elsewhere(redis_serv
             readers = [asyncio.create_task(tokens_of(s)) for s in streams]
             await decode.wait_for(DecodeAssigned, 6)
             if victim == "decode":
-
-                async def well_under_way() -> bool:
-                    return all(len(s.assembly.token_ids) > 3 for s in streams)
-
-                await until(well_under_way)
+                await until(lambda: all(len(s.assembly.token_ids) > 3 for s in streams))
             lost = prefill if victim == "prefill" else decode
             old_id = lost.session.instance_id
             lost.vanish_now()
@@ -219,11 +211,7 @@ async def test_request_expires_at_its_deadline_wherever_it_is(redis_server, topi
         # Redis knows more, and is later on a busy machine.
         with pytest.raises(RequestFailed, match=r"did not end before its deadline(; it was queued)?$"):
             await tokens_of(await frontend.submit(request_of("late", timeout_s=0.3)))
-
-        async def has_ended() -> bool:
-            return (await frontend.request_record("late"))["state"] in ("expired", "cancelled")
-
-        await until(has_ended)
+        await until_state(frontend, "late", "expired", "cancelled")
 
 
 async def test_incompatible_instance_is_refused_with_field_and_both_values(redis_server, topic):
@@ -288,11 +276,7 @@ async def test_draining_instance_gives_back_claims_that_found_no_decode_instance
     async with ToyInstance(settings, Role.PREFILL, "p0") as leaving, FrontEnd(settings) as frontend:
         stream = await frontend.submit(request_of("r0"))
         pending = ("XPENDING", frontend.store.keys.queue, "prefill", "-", "+", 10)
-
-        async def claimed() -> bool:
-            return bool(await frontend.store.call(*pending))
-
-        await until(claimed)
+        await until(lambda: frontend.store.call(*pending))
         await leaving.session.drain()
         async with ToyInstance(settings, Role.MIXED, "m0"):
             assert await tokens_of(stream) == toy_answer(stream.request)

@@ -31,11 +31,7 @@ async def test_run_that_is_dropped_while_its_peer_is_looked_up_is_not_assigned(r
         await frontend.submit(Request("dropped", "toy", (3,), TWO))
         await asyncio.wait_for(looking.wait(), 15)
         assert await frontend.cancel("dropped")
-
-        async def nothing_is_held():
-            return prefill.session.num_held == 0
-
-        await until(nothing_is_held)
+        await until(lambda: prefill.session.num_held == 0)
         go.set()
         stream = await frontend.submit(Request("next", "toy", (4,), TWO))
         assert [t async for output in stream for t in output.token_ids] == toy_answer(stream.request)

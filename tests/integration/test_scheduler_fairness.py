@@ -182,11 +182,7 @@ async def test_request_that_would_expire_in_the_queue_is_refused_at_once(redis_s
 
         for i in range(200):
             await frontend.submit(request(i, 900))
-
-        async def measured() -> bool:
-            return bool(await frontend.store.call("GET", frontend.store.keys.prefix + "prefill-rate"))
-
-        await until(measured)
+        await until(lambda: frontend.store.call("GET", frontend.store.keys.prefix + "prefill-rate"))
         await mixed.wait_for(PrefillAssigned, 2)
         with pytest.raises(DeadlineUnreachable, match=r"would take \d+ s, which is more than its 1 s"):
             await frontend.submit(request(1000, 1))

@@ -17,7 +17,7 @@ from splitwise_sched.shards import Shard
 from splitwise_sched.store import HELLO, Flow, Preference
 from splitwise_sched.types import FinishReason, Request, Role
 from tests.integration.test_scheduler import request_of, tokens_of
-from tests.integration.toy import ToyInstance, settings_for, toy_answer, until
+from tests.integration.toy import ToyInstance, settings_for, toy_answer, until, until_state
 
 
 async def test_user_is_told_at_the_deadline_although_redis_is_away(private_redis_server, topic):
@@ -30,16 +30,20 @@ async def test_user_is_told_at_the_deadline_although_redis_is_away(private_redis
             assert caught.value.reason == "expired"
 
 
+async def read_ahead(frontend: FrontEnd, client) -> str:
+    """The key of the front end's stream, from which it has read an id that no clock will give."""
+    out = frontend.store.keys.out(frontend.frontend_id)
+    client.xadd(out, {HELLO: "ahead"}, id="99999999999999-0")
+    await until(lambda: frontend.shards[0].read_up_to.startswith("99999999999999"))
+    return out
+
+
 async def test_outputs_are_read_when_their_ids_are_lower_than_before(redis_server, topic):
     # As after a failover to a server whose clock is behind, with the front end's stream lost.
     settings = settings_for(redis_server, topic, frontend_lease_s=1.0)
     async with FrontEnd(settings) as frontend, ToyInstance(settings, Role.MIXED, "m0"):
-        out = frontend.store.keys.out(frontend.frontend_id)
         with redis_server.client() as client:
-            client.xadd(out, {HELLO: "ahead"}, id="99999999999999-0")
-            # It may have been read already: a request's outputs come after it.
-            await until(lambda: _is(lambda: frontend.shards[0].read_up_to.startswith("99999999999999")))
-            client.delete(out)
+            client.delete(await read_ahead(frontend, client))
         request = request_of("r0", max_tokens=5)
         assert await tokens_of(await frontend.submit(request)) == toy_answer(request)
 
@@ -48,10 +52,8 @@ async def test_outputs_are_read_from_an_older_state_of_the_stream(redis_server, 
     # The same, when the stream is there, as it was a while ago.
     settings = settings_for(redis_server, topic, frontend_lease_s=1.0)
     async with FrontEnd(settings) as frontend, ToyInstance(settings, Role.MIXED, "m0"):
-        out = frontend.store.keys.out(frontend.frontend_id)
         with redis_server.client() as client:
-            client.xadd(out, {HELLO: "ahead"}, id="99999999999999-0")
-            await until(lambda: _is(lambda: frontend.shards[0].read_up_to.startswith("99999999999999")))
+            out = await read_ahead(frontend, client)
             with client.pipeline() as pipe:
                 pipe.delete(out)
                 pipe.xadd(out, {HELLO: "old"}, id="5-0")
@@ -74,11 +76,7 @@ async def test_request_that_is_lost_after_its_user_had_its_end_is_cancelled(redi
         assert verdict == "QUEUED"
         await instance.wait_for(PrefillAssigned)
         await frontend.store.reap(instance.session.instance_id, leave=True)
-
-        async def is_cancelled() -> bool:
-            return (await frontend.request_record("r0"))["state"] == "cancelled"
-
-        await until(is_cancelled)
+        await until_state(frontend, "r0", "cancelled")
 
 
 async def test_loop_that_fails_begins_again(monkeypatch, caplog):
@@ -119,10 +117,6 @@ async def test_instance_with_a_bug_in_a_task_begins_anew_under_another_id(redis_
         assert await tokens_of(await frontend.submit(request)) == toy_answer(request)
 
 
-async def _is(condition) -> bool:
-    return bool(condition())
-
-
 async def test_request_whose_last_outputs_are_yet_to_be_read_is_not_made_again(redis_server, topic, monkeypatch):
     monkeypatch.setattr(recovery, "VERIFY_PERIOD_S", 0.05)
     monkeypatch.setattr(recovery, "VERIFY_AFTER_S", 0.0)
@@ -142,7 +136,7 @@ async def test_request_whose_last_outputs_are_yet_to_be_read_is_not_made_again(r
         request = request_of("r0", max_tokens=5)
         stream = await frontend.submit(request)
         # Redis says that it is done, again and again, before the front end reads on.
-        await until(lambda: _is(lambda: stream.doubts > 5))
+        await until(lambda: stream.doubts > 5)
         may_read.set()
         assert await tokens_of(stream) == toy_answer(request)
         assert len(await instance.wait_for(PrefillAssigned)) == 1

@@ -46,11 +46,7 @@ async def test_outputs_that_never_came_are_made_again_while_the_run_still_goes_o
     async with ToyInstance(settings, Role.MIXED, "m", pause_s=0.01) as mixed, FrontEnd(settings) as frontend:
         lose_outputs(frontend, lambda count, _: 5 <= count < 8)
         stream = await frontend.submit(REQUEST)
-
-        async def has_gap() -> bool:
-            return stream.assembly.has_gap and not mixed.gate.clear()
-
-        await until(has_gap)
+        await until(lambda: stream.assembly.has_gap and not mixed.gate.clear())
         await mixed.wait_for(Dropped)
         mixed.gate.set()
         tokens = [token async for output in stream for token in output.token_ids]

@@ -158,11 +158,7 @@ async def test_it_is_logged_once_and_shown_by_the_instance_that_tells(redis_serv
         for run in await decode.wait_for(DecodeAssigned, 4):
             assert isinstance(run, DecodeAssigned)
             decode.session.give_back(run.request.request_id, run.epoch, "the cable", retry=True, pair_failed=True)
-
-        async def shown() -> bool:
-            return decode.session.num_pairs_avoided == 1
-
-        await until(shown)
+        await until(lambda: decode.session.num_pairs_avoided == 1)
         # There is no other: they come again.
         await prefill.wait_for(PrefillAssigned, 8)
         assert decode.session.avoided_pairs == [(prefill.session.instance_id, decode.session.instance_id)]

@@ -100,17 +100,9 @@ async def test_wedged_loop_loses_its_lease_and_has_another_when_it_is_back(redis
         with Loop(settings) as loop:
             old_id = loop.instance.instance_id
             loop.go.clear()
-
-            async def gone() -> bool:
-                return await frontend.store.lacks_lease(old_id)
-
-            await until(gone)
+            await until(lambda: frontend.store.lacks_lease(old_id))
             asking = asyncio.create_task(ask(frontend, "r0"))
-
-            async def waits() -> bool:
-                return "registers again when its serving loop comes round" in caplog.text
-
-            await until(waits)
+            await until(lambda: "registers again when its serving loop comes round" in caplog.text)
             # It has nothing to do with a request that it would not come to.
             await asyncio.sleep(2 * settings.instance_lease_s)
             assert await frontend.store.live_instances() == []
@@ -147,11 +139,7 @@ async def test_loop_drains_once_all_that_it_held_has_ended(redis_server, topic):
         with Loop(settings) as loop:
             loop.go.clear()
             asking = asyncio.create_task(ask(frontend, "r0"))
-
-            async def held() -> bool:
-                return loop.instance.num_held == 1
-
-            await until(held)
+            await until(lambda: loop.instance.num_held == 1)
             loop.instance.drain()
             loop.instance.drain()
 
@@ -162,11 +150,7 @@ async def test_loop_drains_once_all_that_it_held_has_ended(redis_server, topic):
             assert not loop.instance.is_drained
             loop.go.set()
             await asyncio.wait_for(asking, 20)
-
-            async def drained() -> bool:
-                return loop.instance.is_drained
-
-            await until(drained)
+            await until(lambda: loop.instance.is_drained)
             late = await frontend.submit(Request("late", "toy", (1,)))
             assert (await frontend.request_record("late"))["state"] == "queued"
             await late.aclose()

@@ -42,11 +42,7 @@ def kill(instance: ToyInstance) -> None:
 
 async def looked(frontend: FrontEnd, *serving: int) -> None:
     """Until the front end knows which shards serve."""
-
-    async def knows() -> bool:
-        return [s.index for s in frontend.shards if s.unserved_since is None] == list(serving)
-
-    await until(knows)
+    await until(lambda: [s.index for s in frontend.shards if s.unserved_since is None] == list(serving))
 
 
 async def test_instances_that_start_together_leave_no_shard_with_half_a_pair(redis_server, topic):

@@ -24,6 +24,7 @@ from splitwise_sched.records import InstanceRecord
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.types import Request, Role, SamplingParams
 from tests.conftest import RedisServer
+from tests.integration.toy import until
 from tests.integration.vllm_server import (
     MODEL,
     SmallVllm,
@@ -46,21 +47,6 @@ def request(max_tokens: int = 12, request_id: str = "r", **sampling: Any) -> Req
 
 async def tokens_of(stream: OutputStream) -> list[int]:
     return [token async for output in stream for token in output.token_ids]
-
-
-async def until(condition: Callable[[], Any]) -> Any:
-    """What ``condition`` gives when that is something; it looks at Redis or sockets, where nothing can be awaited."""
-
-    async def poll() -> Any:
-        while True:
-            found = condition()
-            if isinstance(found, Awaitable):
-                found = await found
-            if found:
-                return found
-            await asyncio.sleep(0.01)
-
-    return await asyncio.wait_for(poll(), 30)
 
 
 class Topic:

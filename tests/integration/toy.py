@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
+from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.instance import InstanceSession
 from splitwise_sched.records import DecodeAssigned, Dropped, InstanceEvent, LeaseLost, PrefillAssigned, Registration
 from splitwise_sched.settings import SchedulerSettings
@@ -31,14 +33,28 @@ def toy_answer(request: Request) -> list[int]:
     return [toy_token(request, i) for i in range(request.sampling.max_tokens)]
 
 
-async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 15.0) -> None:
-    """Wait for something outside this process, which nothing here can await."""
+async def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
+    """What ``condition`` gives, or what that gives when awaited, once it is true; for what nothing here can await."""
 
-    async def poll() -> None:
-        while not await condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    async def poll() -> Any:
+        while True:
+            found = condition()
+            if isinstance(found, Awaitable):
+                found = await found
+            if found:
+                return found
+            await asyncio.sleep(0.005)
 
-    await asyncio.wait_for(poll(), timeout_s)
+    return await asyncio.wait_for(poll(), timeout_s)
+
+
+async def until_state(frontend: FrontEnd, request_id: str, *states: str) -> None:
+    """Until the request's record says one of these."""
+
+    async def is_there() -> bool:
+        return (await frontend.request_record(request_id)).get("state") in states
+
+    await until(is_there)
 
 
 class ToyInstance:

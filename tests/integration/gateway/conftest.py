@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import RedisServer
-from tests.integration.gateway.parts import ScriptedInstance, gateway, scheduler_settings
+from tests.integration.gateway.parts import ScriptedInstance, gateway
+from tests.integration.toy import settings_for
 from tests.tokenizer_dirs import CHATML, byte_level, saved
 
 
@@ -19,11 +20,11 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def instance(redis_server: RedisServer, topic: str, tokenizer_dir: Path) -> AsyncIterator[ScriptedInstance]:
-    async with ScriptedInstance(scheduler_settings(redis_server, topic), tokenizer_dir) as scripted:
+    async with ScriptedInstance(settings_for(redis_server, topic), tokenizer_dir) as scripted:
         yield scripted
 
 
 @pytest.fixture
 async def url(redis_server: RedisServer, topic: str, instance: ScriptedInstance) -> AsyncIterator[str]:
-    async with gateway(scheduler_settings(redis_server, topic)) as url:
+    async with gateway(settings_for(redis_server, topic)) as url:
         yield url

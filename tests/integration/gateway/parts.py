@@ -21,15 +21,6 @@ MODEL = "toy"
 MAX_MODEL_LEN = 1000
 
 
-def scheduler_settings(server: Any, topic: str, **more: Any) -> SchedulerSettings:
-    return SchedulerSettings(
-        scheduler_host=server.host,
-        scheduler_port=server.port,
-        scheduler_topic=topic,
-        **{"instance_lease_s": 1.0, **more},
-    )
-
-
 @asynccontextmanager
 async def gateway(scheduler: SchedulerSettings, **settings: Any) -> AsyncIterator[str]:
     """The URL of a gateway that listens on a free port."""

@@ -14,8 +14,8 @@ import pytest
 
 from splitwise_sched.types import Role
 from tests.conftest import RedisServer
-from tests.integration.gateway.parts import MAX_MODEL_LEN, MODEL, ScriptedInstance, gateway, scheduler_settings
-from tests.integration.toy import until
+from tests.integration.gateway.parts import MAX_MODEL_LEN, MODEL, ScriptedInstance, gateway
+from tests.integration.toy import settings_for, until
 
 pytest.importorskip("uvicorn")
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "x"}]}
@@ -25,7 +25,7 @@ COMPLETION = {"model": MODEL, "prompt": "x"}
 @pytest.fixture
 async def http(redis_server: RedisServer, topic: str, instance: ScriptedInstance) -> AsyncIterator[httpx.AsyncClient]:
     async with (
-        gateway(scheduler_settings(redis_server, topic), max_body_bytes=100_000) as url,
+        gateway(settings_for(redis_server, topic), max_body_bytes=100_000) as url,
         httpx.AsyncClient(base_url=url, timeout=20) as client,
     ):
         yield client
@@ -131,7 +131,7 @@ async def test_an_error_in_mid_stream_is_an_event_and_the_end(
     http: httpx.AsyncClient, instance: ScriptedInstance, redis_server: RedisServer, topic: str
 ) -> None:
     instance.hold_after = 2
-    async with gateway(scheduler_settings(redis_server, topic), request_timeout_s=1.0) as url:
+    async with gateway(settings_for(redis_server, topic), request_timeout_s=1.0) as url:
         async with httpx.AsyncClient(timeout=20) as client:
             response = await client.post(f"{url}/v1/completions", json={**COMPLETION, "stream": True})
             events = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
@@ -146,7 +146,7 @@ async def test_an_error_in_mid_stream_is_an_event_and_the_end(
 
 
 async def test_a_full_queue_says_when_to_come_again(redis_server: RedisServer, topic: str, tokenizer_dir: Path) -> None:
-    scheduler = scheduler_settings(redis_server, topic, scheduler_max_size=2)
+    scheduler = settings_for(redis_server, topic, scheduler_max_size=2)
     async with (
         ScriptedInstance(scheduler, tokenizer_dir, room=0),
         gateway(scheduler, request_timeout_s=2.0) as url,
@@ -163,7 +163,7 @@ async def test_a_full_queue_says_when_to_come_again(redis_server: RedisServer, t
 
 async def test_without_instances_requests_are_told_to_wait(redis_server: RedisServer, topic: str) -> None:
     async with (
-        gateway(scheduler_settings(redis_server, topic)) as url,
+        gateway(settings_for(redis_server, topic)) as url,
         httpx.AsyncClient(base_url=url, timeout=20) as client,
     ):
         response = await client.post("/v1/completions", json=COMPLETION)
@@ -175,7 +175,7 @@ async def test_without_instances_requests_are_told_to_wait(redis_server: RedisSe
 async def test_a_request_that_meets_a_gap_between_two_instances_waits_for_the_next(
     redis_server: RedisServer, topic: str, tokenizer_dir: Path
 ) -> None:
-    scheduler = scheduler_settings(redis_server, topic, instance_lease_s=10)
+    scheduler = settings_for(redis_server, topic, instance_lease_s=10)
     async with gateway(scheduler) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
         async with ScriptedInstance(scheduler, tokenizer_dir):
             assert (await client.post("/v1/completions", json=COMPLETION)).status_code == 200
@@ -183,8 +183,7 @@ async def test_a_request_that_meets_a_gap_between_two_instances_waits_for_the_ne
         async def is_gone() -> bool:
             return (await client.get("/health")).status_code == 503
 
-        while not await is_gone():  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+        await until(is_gone)
         asking = asyncio.create_task(client.post("/v1/completions", json=COMPLETION))
         await asyncio.sleep(0.3)
         assert not asking.done()
@@ -195,7 +194,7 @@ async def test_a_request_that_meets_a_gap_between_two_instances_waits_for_the_ne
 async def test_a_kind_of_instance_that_is_missing_is_named(
     redis_server: RedisServer, topic: str, tokenizer_dir: Path
 ) -> None:
-    scheduler = scheduler_settings(redis_server, topic)
+    scheduler = settings_for(redis_server, topic)
     async with (
         ScriptedInstance(scheduler, tokenizer_dir, role=Role.PREFILL),
         gateway(scheduler) as url,
@@ -210,7 +209,7 @@ async def test_a_kind_of_instance_that_is_missing_is_named(
 async def test_a_tokenizer_that_cannot_be_read_here_names_the_flag(
     redis_server: RedisServer, topic: str, tokenizer_dir: Path
 ) -> None:
-    scheduler = scheduler_settings(redis_server, topic)
+    scheduler = settings_for(redis_server, topic)
     async with ScriptedInstance(scheduler, tokenizer_dir, names_tokenizer=False):
         async with gateway(scheduler) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
             error = error_of(await client.post("/v1/completions", json=COMPLETION), 503, "no_tokenizer")
@@ -222,7 +221,7 @@ async def test_a_tokenizer_that_cannot_be_read_here_names_the_flag(
 async def test_a_redis_that_has_gone_is_a_503(
     private_redis_server: RedisServer, topic: str, tokenizer_dir: Path
 ) -> None:
-    scheduler = scheduler_settings(private_redis_server, topic, redis_timeout_s=0.5)
+    scheduler = settings_for(private_redis_server, topic, redis_timeout_s=0.5)
     async with (
         ScriptedInstance(scheduler, tokenizer_dir),
         gateway(scheduler) as url,
@@ -243,7 +242,7 @@ async def test_a_redis_that_has_gone_is_a_503(
 
 
 async def test_only_who_has_the_key_is_answered(redis_server: RedisServer, topic: str, tokenizer_dir: Path) -> None:
-    scheduler = scheduler_settings(redis_server, topic)
+    scheduler = settings_for(redis_server, topic)
     async with (
         ScriptedInstance(scheduler, tokenizer_dir),
         gateway(scheduler, api_key="s3cret") as url,

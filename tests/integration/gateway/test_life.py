@@ -17,8 +17,8 @@ import pytest
 from splitwise_sched.errors import ConfigError
 from splitwise_sched.store import Store
 from tests.conftest import RedisServer
-from tests.integration.gateway.parts import MODEL, ScriptedInstance, gateway, scheduler_settings
-from tests.integration.toy import until
+from tests.integration.gateway.parts import MODEL, ScriptedInstance, gateway
+from tests.integration.toy import settings_for, until
 
 pytest.importorskip("uvicorn")
 COMPLETION = {"model": MODEL, "prompt": "x"}
@@ -39,13 +39,13 @@ async def test_a_client_that_goes_away_cancels_its_request(
         posting = asyncio.create_task(
             client.post("/v1/completions", json={**COMPLETION, "stream": stream}, headers={"X-Request-Id": request_id})
         )
-        await until(lambda: asyncio.sleep(0, bool(instance.requests)))
+        await until(lambda: instance.requests)
         posting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await posting
         dropped = await asyncio.wait_for(instance.dropped.get(), 15)
     assert dropped.request_id == request_id
-    store = Store(scheduler_settings(redis_server, topic))
+    store = Store(settings_for(redis_server, topic))
     await store.connect()
     try:
         assert (await store.request_record(request_id))["state"] == "cancelled"
@@ -99,7 +99,7 @@ async def test_a_gateway_that_ends_lets_its_streams_finish(
 ) -> None:
     instance.hold_after = 2
     async with contextlib.AsyncExitStack() as serving, httpx.AsyncClient(timeout=20) as client:
-        url = await serving.enter_async_context(gateway(scheduler_settings(redis_server, topic)))
+        url = await serving.enter_async_context(gateway(settings_for(redis_server, topic)))
         async with client.stream("POST", f"{url}/v1/completions", json={**COMPLETION, "stream": True}) as response:
             lines = response.aiter_lines()
             await anext(lines)
@@ -125,9 +125,9 @@ async def test_a_gateway_that_ends_cancels_what_does_not_finish_in_time(
 ) -> None:
     instance.hold_after = 2
     async with httpx.AsyncClient(timeout=20) as client:
-        async with gateway(scheduler_settings(redis_server, topic), shutdown_timeout_s=0) as url:
+        async with gateway(settings_for(redis_server, topic), shutdown_timeout_s=0) as url:
             posting = asyncio.create_task(client.post(f"{url}/v1/completions", json=COMPLETION))
-            await until(lambda: asyncio.sleep(0, bool(instance.requests)))
+            await until(lambda: instance.requests)
         await asyncio.wait_for(instance.dropped.get(), 15)
         with contextlib.suppress(httpx.HTTPError):
             await posting
@@ -137,19 +137,19 @@ async def test_a_port_that_is_taken_is_named(redis_server: RedisServer, topic: s
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"port {port} of '127.0.0.1' \(another program.*--port"):
-            async with gateway(scheduler_settings(redis_server, topic), port=port):
+            async with gateway(settings_for(redis_server, topic), port=port):
                 raise AssertionError("it listens")
 
 
 async def test_an_address_of_another_machine_is_named(redis_server: RedisServer, topic: str) -> None:
     with pytest.raises(ConfigError, match=r"'192\.0\.2\.1'.*--host"):
-        async with gateway(scheduler_settings(redis_server, topic), host="192.0.2.1"):
+        async with gateway(settings_for(redis_server, topic), host="192.0.2.1"):
             raise AssertionError("it listens")
 
 
 async def test_a_directory_without_tokenizer_is_named(redis_server: RedisServer, topic: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
-        async with gateway(scheduler_settings(redis_server, topic), model=tmp_path):
+        async with gateway(settings_for(redis_server, topic), model=tmp_path):
             raise AssertionError("it listens")
 
 

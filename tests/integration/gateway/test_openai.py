@@ -10,7 +10,8 @@ import openai
 import pytest
 
 from tests.conftest import RedisServer
-from tests.integration.gateway.parts import MAX_MODEL_LEN, MODEL, ScriptedInstance, gateway, scheduler_settings
+from tests.integration.gateway.parts import MAX_MODEL_LEN, MODEL, ScriptedInstance, gateway
+from tests.integration.toy import settings_for
 
 pytest.importorskip("uvicorn")
 USER = [{"role": "user", "content": "the fox"}]
@@ -97,7 +98,7 @@ def test_the_synchronous_client_works_too(redis_server: RedisServer, topic: str,
             assert "".join(chunk.choices[0].text for chunk in stream) == "the quick brown fox"
 
     async def serve() -> None:
-        scheduler = scheduler_settings(redis_server, topic)
+        scheduler = settings_for(redis_server, topic)
         async with ScriptedInstance(scheduler, tokenizer_dir), gateway(scheduler) as url:
             await asyncio.to_thread(talk, url)
 
