@@ -64,7 +64,7 @@ def output_of(
         token_ids=part.token_ids,
         logprobs=part.logprobs,
         finish_reason=finish,
-        stop_reason=part.stop_reason,
+        stop_reason=part.stop_reason if finish is not None else None,
         stats=stats if finish is not None else None,
     )
 

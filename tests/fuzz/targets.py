@@ -223,6 +223,7 @@ TARGETS: dict[str, Target] = {
         (
             b'data: {"choices": [{"token_ids": [5], "logprobs": {"token_logprobs": [-0.5], "top_logprobs": '
             b'[{"token_id:5": -0.5, "token_id:6": -1}]}, "finish_reason": "stop", "stop_reason": "x"}]}\n\n',
+            b'data: {"choices": [{"token_ids": [], "stop_reason": "x"}]}\n\n',
         ),
     ),
     "vllm_facts": Target(
