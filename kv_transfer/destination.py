@@ -8,19 +8,16 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from kv_transfer.checker import Checked, Checker
+from kv_transfer.checker import Checked
 from kv_transfer.checksums import NONE, LayerSums, load_digest
-from kv_transfer.control import ControlChannel
-from kv_transfer.counters import Counters
 from kv_transfer.effects import Cancel, Effect, Fetch, PeerKey, Report, Tell, Token
 from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.errors import LayoutMismatch, ProtocolError, TransportFailed
 from kv_transfer.events import Received, TransferEvent, TransferFailed
 from kv_transfer.lanes import LaneReport
-from kv_transfer.options import TransferOptions
+from kv_transfer.parts import MessengerParts
 from kv_transfer.peer import Peer, PeerState
 from kv_transfer.plan import IntArray, PairPlan
-from kv_transfer.pool import BlockPool
 from kv_transfer.protocol import (
     Abort,
     Blocks,
@@ -36,7 +33,7 @@ from kv_transfer.protocol import (
 )
 from kv_transfer.receiving import Leg, ReceiveTransfer
 from kv_transfer.routes import Routes
-from kv_transfer.transports.base import Cancelled, Fetched, LaneEvent, Link, LinkDown, LinkUp, Refusal, Transport
+from kv_transfer.transports.base import Cancelled, Fetched, LaneEvent, Link, LinkDown, LinkUp, Refusal
 
 log = logging.getLogger("kv_transfer")
 
@@ -47,22 +44,10 @@ REFUSAL_GRACE_S = 1.0
 
 
 class DestinationSide:
-    def __init__(
-        self,
-        *,
-        own: RankEndpoint,
-        pool: BlockPool,
-        options: TransferOptions,
-        control: ControlChannel,
-        transports: Sequence[Transport],
-        checker: Checker,
-        counters: Counters,
-        report: Callable[[TransferEvent], None],
-    ) -> None:
-        self._own, self._pool, self._options, self._control = own, pool, options, control
-        self._checker = checker
-        self._routes = Routes(own.layout)
-        self._transports, self._counters, self._report = tuple(transports), counters, report
+    def __init__(self, parts: MessengerParts) -> None:
+        self._parts, self._own, self._pool, self._options = parts, parts.own, parts.pool, parts.options
+        self._checker, self._counters, self._report = parts.checker, parts.counters, parts.report
+        self._routes = Routes(parts.own.layout)
         self._receives: dict[str, ReceiveTransfer] = {}
         self._by_token: dict[Token, str] = {}
         self._peers: dict[PeerKey, Peer] = {}
@@ -229,17 +214,7 @@ class DestinationSide:
         for endpoint, plan in self._routes.of(source):
             peer = self._current.get(endpoint.nonce)
             if peer is None or peer.endpoint != endpoint:
-                peer = Peer(
-                    own=self._own,
-                    endpoint=endpoint,
-                    plan=plan,
-                    sums=self._sums(plan),
-                    options=self._options,
-                    control=self._control,
-                    transports=self._transports,
-                    counters=self._counters,
-                    now=now,
-                )
+                peer = Peer(self._parts, endpoint, plan, self._sums(plan), now)
                 self._current[endpoint.nonce] = self._peers[peer.key] = peer
             legs.append(Leg(peer.key, peer.name, plan, endpoint.layout.num_blocks, endpoint.layout.block_size))
         return legs

@@ -22,6 +22,7 @@ from kv_transfer.lanes import LaneReport
 from kv_transfer.layout import MAX_NAME_CHARS
 from kv_transfer.leases import LeaseTable
 from kv_transfer.options import TransferOptions
+from kv_transfer.parts import MessengerParts
 from kv_transfer.pool import BlockPool
 from kv_transfer.protocol import MAX_AUX_BYTES, WIRE_VERSION
 from kv_transfer.reactor import Reactor
@@ -118,27 +119,18 @@ class Messenger:
             wire_version=WIRE_VERSION,
             transports=offers,
         )
-        self._source = SourceSide(
+        parts = MessengerParts(
             own=own,
             pool=self._pool,
             options=options,
             control=control,
             leases=self._leases,
-            transports=self._transports,
+            transports=tuple(self._transports),
             checker=self._checker,
             counters=self._counters,
             report=self._report,
         )
-        self._destination = DestinationSide(
-            own=own,
-            pool=self._pool,
-            options=options,
-            control=control,
-            transports=self._transports,
-            checker=self._checker,
-            counters=self._counters,
-            report=self._report,
-        )
+        self._source, self._destination = SourceSide(parts), DestinationSide(parts)
         worker.start(reactor, control, self._source, self._destination, self._let_go)
 
     def _offer(self, transport: Transport, offers: dict[str, Offer]) -> None:

@@ -6,19 +6,16 @@ Failed is for good: whoever wants to talk to the same source again makes a new P
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from enum import Enum
 
 from kv_transfer.checksums import LayerSums
-from kv_transfer.control import ControlChannel
-from kv_transfer.counters import Counters
 from kv_transfer.effects import Token
 from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.errors import TransportFailed
 from kv_transfer.fetch_queue import Chunk, FetchQueue
 from kv_transfer.handshake import greet, is_proof, proof
 from kv_transfer.lanes import LaneReport
-from kv_transfer.options import TransferOptions
+from kv_transfer.parts import MessengerParts
 from kv_transfer.plan import PairPlan
 from kv_transfer.protocol import Message, Ping, Prove, Ready, Welcome, encode
 from kv_transfer.transports.base import Link, Transport
@@ -43,26 +40,17 @@ class Peer:
     """
 
     def __init__(
-        self,
-        *,
-        own: RankEndpoint,
-        endpoint: RankEndpoint,
-        plan: PairPlan,
-        sums: LayerSums | None,
-        options: TransferOptions,
-        control: ControlChannel,
-        transports: Sequence[Transport],
-        counters: Counters,
-        now: float,
+        self, parts: MessengerParts, endpoint: RankEndpoint, plan: PairPlan, sums: LayerSums | None, now: float
     ) -> None:
         """Begin to reach the source.
 
         Args:
+            endpoint: the source rank's.
             sums: hashes what is fetched; None where nothing is to be checked.
-            transports: in order of preference.
         Raises:
             TransportFailed: no transport can reach it; says why for each.
         """
+        options, control, transports = parts.options, parts.control, parts.transports
         self.endpoint, self.plan, self.sums = endpoint, plan, sums
         self.state = PeerState.GREETING
         self.tokens: set[Token] = set()
@@ -72,7 +60,7 @@ class Peer:
         self.last_heard = now
         self.idle_since = now
         self._last_ping = now
-        self._options, self._control, self._counters = options, control, counters
+        self._options, self._control, self._counters = options, control, parts.counters
         self._reasons: list[str] = []
         self._num_bytes = self._num_chunks = 0
         self._busy_s = 0.0
@@ -84,7 +72,7 @@ class Peer:
         # A lane within one host that does not reach another is no news; any other that is passed over is.
         self._first_choice = next(t.name for t in transports if t.crosses_hosts or t in self._candidates)
         self._data_token = b""
-        self._hello = greet(own, endpoint)
+        self._hello = greet(parts.own, endpoint)
         self.key = control.connect(endpoint.host, endpoint.control_port)
         control.watch(self.key, endpoint.process)
         self._send(self._hello)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kv_transfer.checksums import LayerSums, load_digest
-from kv_transfer.control import ControlChannel
-from kv_transfer.counters import Counters
 from kv_transfer.effects import PeerKey, Token
-from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.errors import ProtocolError
 from kv_transfer.handshake import examine, is_proof, new_challenge, process_of, proof, refuse_version
 from kv_transfer.layout import KVLayout
-from kv_transfer.leases import LeaseTable
-from kv_transfer.options import TransferOptions
 from kv_transfer.pairing import destination_ranks
+from kv_transfer.parts import MessengerParts
 from kv_transfer.plan import PairPlan, plan_pair
 from kv_transfer.pool import BlockPool
 from kv_transfer.protocol import (
@@ -34,7 +30,6 @@ from kv_transfer.protocol import (
     decode,
     encode,
 )
-from kv_transfer.transports.base import Transport
 from kv_transfer.views import BlockView
 
 log = logging.getLogger("kv_transfer")
@@ -85,14 +80,8 @@ class Session:
 class Sessions:
     def __init__(
         self,
+        parts: MessengerParts,
         *,
-        own: RankEndpoint,
-        pool: BlockPool,
-        options: TransferOptions,
-        control: ControlChannel,
-        leases: LeaseTable,
-        transports: Iterable[Transport],
-        counters: Counters,
         on_message: Callable[[Session, Message, float], bool],
         on_lost: Callable[[Session, str, float], None],
     ) -> None:
@@ -101,8 +90,8 @@ class Sessions:
             on_message: takes what a session that was let in says about transfers; False when it makes no sense.
             on_lost: is told of a session that is over, after it was forgotten.
         """
-        self._own, self._pool, self._options, self._control, self._leases = own, pool, options, control, leases
-        self._transports, self._counters = tuple(transports), counters
+        self._own, self._pool, self._options, self._control = parts.own, parts.pool, parts.options, parts.control
+        self._leases, self._transports, self._counters = parts.leases, parts.transports, parts.counters
         self._on_message, self._on_lost = on_message, on_lost
         self._sessions: dict[PeerKey, Session] = {}
         self._unreachable: list[PeerKey] = []

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from kv_transfer.checker import Checker, Signed
+from kv_transfer.checker import Signed
 from kv_transfer.checksums import NONE, SUM_BYTES
-from kv_transfer.control import ControlChannel
-from kv_transfer.counters import Counters
 from kv_transfer.effects import Allow, Effect, Forget, Report, Revoke, Sign, Tell, Token
-from kv_transfer.endpoint import RankEndpoint
 from kv_transfer.errors import InvalidOptions
 from kv_transfer.events import Sent, TransferEvent, TransferFailed
-from kv_transfer.leases import LeaseTable
-from kv_transfer.options import TransferOptions
+from kv_transfer.parts import MessengerParts
 from kv_transfer.plan import IntArray, PairPlan
-from kv_transfer.pool import BlockPool
 from kv_transfer.protocol import (
     MAX_IDS_PER_MESSAGE,
     MAX_SUMS_BYTES,
@@ -50,32 +45,11 @@ class EarlyReservation:
 
 
 class SourceSide:
-    def __init__(
-        self,
-        *,
-        own: RankEndpoint,
-        pool: BlockPool,
-        options: TransferOptions,
-        control: ControlChannel,
-        leases: LeaseTable,
-        transports: Iterable[Transport],
-        checker: Checker,
-        counters: Counters,
-        report: Callable[[TransferEvent], None],
-    ) -> None:
-        self._own, self._pool, self._options, self._leases, self._checker = own, pool, options, leases, checker
-        self._transports, self._counters, self._report = tuple(transports), counters, report
-        self.sessions = Sessions(
-            own=own,
-            pool=pool,
-            options=options,
-            control=control,
-            leases=leases,
-            transports=self._transports,
-            counters=counters,
-            on_message=self._handle,
-            on_lost=self._lost,
-        )
+    def __init__(self, parts: MessengerParts) -> None:
+        self._own, self._pool, self._options, self._leases = parts.own, parts.pool, parts.options, parts.leases
+        self._transports, self._checker = parts.transports, parts.checker
+        self._counters, self._report = parts.counters, parts.report
+        self.sessions = Sessions(parts, on_message=self._handle, on_lost=self._lost)
         self._sends: dict[str, SendTransfer] = {}
         self._by_token: dict[Token, str] = {}
         self._early: dict[Token, EarlyReservation] = {}
