@@ -88,6 +88,11 @@ class DecodeLeg:
             self._ranks.connect(source)
         self._unreserved.append((key, source))
 
+    @property
+    def has_waiting(self) -> bool:
+        """Whether there are any for ``reserve_waiting``."""
+        return bool(self._unreserved)
+
     def reserve_waiting(self) -> None:
         """Allocate blocks for those that wait for them, in order, as far as there is room."""
         while self._unreserved:
@@ -142,17 +147,19 @@ class DecodeLeg:
         first = handover.first
         return Output(request.request_id, run.epoch, first.index, first.token_ids, first.logprobs)
 
-    def on_tokens(self, event: TokensOut) -> Output:
-        run = self.runs[event.key]
+    def on_tokens(self, run: DecodeRun, event: TokensOut) -> Output:
+        """
+        Args:
+            run: that of ``event.key``.
+        """
         if run.decoding_at is None:
             self.waiting_tokens -= run.request.num_input_tokens
             run.stats = {"lane": "local", "kv_bytes": 0, "prefill_ms": _ms_since(run.started_at)}
             self._own(run)
-        stats = None
-        if event.finish_reason is not None:
-            del self.runs[event.key]
-            assert run.decoding_at is not None
-            stats = {**run.stats, "decode_ms": _ms_since(run.decoding_at)}
+        if event.finish_reason is None:
+            return Output(run.request.request_id, run.epoch, event.index, event.token_ids, event.logprobs)
+        del self.runs[event.key]
+        assert run.decoding_at is not None
         return Output(
             run.request.request_id,
             run.epoch,
@@ -162,7 +169,7 @@ class DecodeLeg:
             event.finish_reason,
             event.stop_reason,
             event.detail,
-            stats,
+            {**run.stats, "decode_ms": _ms_since(run.decoding_at)},
         )
 
     def drop(self, key: str, reason: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from engine.decode_leg import DecodeLeg
-from engine.port import BlocksReady, EngineDriver, TokensOut
+from engine.port import EngineDriver, TokensOut
 from engine.prefill_leg import PrefillLeg
 from engine.ranks import RankGroup
 from kv_transfer.endpoint import endpoints_to_text
@@ -28,6 +28,8 @@ from splitwise_sched.types import Output, Role
 logger = logging.getLogger(__name__)
 
 IDLE_S = 0.1
+# Who has news says so, and is asked then. So often all are asked in any case, for the lease record needs figures.
+LOOK_S = 0.01
 CLAIM_AT_ONCE = 4
 
 
@@ -76,10 +78,12 @@ class Runner:
         self._options = options
         self._settings = settings
         self._wake = threading.Event()
+        self._must_look = True
+        self._look_at = 0.0
         self._stop = threading.Event()
         self._drain_until: float | None = None
         self._is_draining = False
-        self.ranks = RankGroup(engine.kv_pools, transfer, name=options.name, on_event=self._wake.set)
+        self.ranks = RankGroup(engine.kv_pools, transfer, name=options.name, on_event=self._on_news)
         self.instance: Instance | None = None
         self._prefill: PrefillLeg
         self._decode: DecodeLeg
@@ -88,7 +92,7 @@ class Runner:
         """Start the messengers and register. Raises SplitwiseError or KVTransferError; nothing runs on after that."""
         self.ranks.start()
         try:
-            instance = Instance(self._settings, self._registration(), on_event=self._wake.set)
+            instance = Instance(self._settings, self._registration(), on_event=self._on_news)
             instance.start()
         except BaseException:
             self.ranks.close()
@@ -126,7 +130,12 @@ class Runner:
         while not self._stop.is_set() and not self._is_drained():
             if not self.go_round():
                 self._wake.wait(IDLE_S)
-            self._wake.clear()
+                self._wake.clear()
+
+    def _on_news(self) -> None:
+        """Something came from the scheduler or a messenger; in any thread."""
+        self._must_look = True
+        self._wake.set()
 
     def _is_drained(self) -> bool:
         if self._drain_until is None:
@@ -144,22 +153,37 @@ class Runner:
     def go_round(self) -> bool:
         """Once; returns whether the engine computed."""
         assert self.instance is not None, "start() comes first"
-        self.went_round_at = time.monotonic()
-        for event in self.instance.poll(self._room(), self.load):
-            self._on_scheduler(event)
-        outputs = [o for e in self.ranks.poll() if (o := self._on_transfer(e)) is not None]
-        self._decode.reserve_waiting()
+        self.went_round_at = now = time.monotonic()
+        outputs: list[Output] = []
+        if self._must_look or now >= self._look_at:
+            self._look(now, outputs)
+        if self._decode.has_waiting:
+            self._decode.reserve_waiting()
         computes = self.engine.has_work()
         if computes:
             self.stats.num_steps += 1
-            for engine_event in self.engine.step():
-                if isinstance(engine_event, BlocksReady):
-                    if engine_event.key in self._prefill.runs:
-                        self._prefill.on_blocks(engine_event)
-                elif (output := self._on_tokens(engine_event)) is not None:
-                    outputs.append(output)
-        self.instance.publish(outputs)
+            for event in self.engine.step():
+                if isinstance(event, TokensOut):
+                    if (output := self._on_tokens(event)) is not None:
+                        outputs.append(output)
+                elif event.key in self._prefill.runs:
+                    self._prefill.on_blocks(event)
+        if outputs:
+            self.instance.publish(outputs)
         return computes
+
+    def _look(self, now: float, outputs: list[Output]) -> None:
+        """What came from the scheduler and the messengers, and what they have to know."""
+        assert self.instance is not None
+        # First: what comes during the look may be seen only by the next.
+        self._must_look, self._look_at = False, now + LOOK_S
+        for event in self.instance.poll(self._room(), self.load):
+            self._on_scheduler(event)
+            self._must_look = True
+        for ended in self.ranks.poll():
+            if (output := self._on_transfer(ended)) is not None:
+                outputs.append(output)
+            self._must_look = True
 
     # ---- events --------------------------------------------------------------------------------------------------
 
@@ -197,11 +221,15 @@ class Runner:
         return None
 
     def _on_tokens(self, event: TokensOut) -> Output | None:
-        if event.key in self._prefill.runs:
+        output: Output | None
+        if (run := self._decode.runs.get(event.key)) is not None:
+            # Its prompt is computed: there is more room.
+            self._must_look |= run.decoding_at is None
+            output = self._decode.on_tokens(run, event)
+        elif event.key in self._prefill.runs:
             self.stats.num_prefilled += 1
+            self._must_look = True
             output = self._prefill.on_tokens(event)
-        elif event.key in self._decode.runs:
-            output = self._decode.on_tokens(event)
         else:
             return None
         self.stats.num_output_tokens += len(event.token_ids)

@@ -40,7 +40,8 @@ class Instance:
         on_event: called from the I/O thread when ``poll`` has something new; must return at once (set an event).
 
     ``start`` begins the I/O thread and registers; ``close`` ends it (``with`` does both). Between them, only the
-    serving loop's thread calls the other methods. What they are given is the caller's again when they return.
+    serving loop's thread calls the other methods. What they are given is the caller's again when they return, but for
+    the outputs themselves, which stay as they are.
     Any of them raises StoreUnavailable when the I/O thread has ended, and TypeError or ValueError when what an earlier
     call gave cannot be put into text; the rest of that call's batch was not sent either.
     """
@@ -55,7 +56,8 @@ class Instance:
         self._registration = registration
         self._notify = on_event or (lambda: None)
         self._events: deque[InstanceEvent] = deque()
-        self._commands: deque[Callable[[InstanceSession], None]] = deque()
+        # Outputs as they are: no closure for what comes with each step.
+        self._commands: deque[Callable[[InstanceSession], None] | tuple[Output, ...]] = deque()
         self._flush_due = False
         self._has_published = False
         self._next_look: asyncio.TimerHandle | None = None
@@ -140,9 +142,11 @@ class Instance:
     def publish(self, outputs: Sequence[Output]) -> None:
         """See InstanceSession.publish. Tokens between a request's first and its last may wait for 1 to 2 ms."""
         if outputs:
-            batch = tuple(outputs)
-            is_urgent = any(output.index == 0 or output.finish_reason is not None for output in batch)
-            self._do(lambda session: self._publish(session, batch), is_urgent=is_urgent)
+            is_urgent = False
+            for output in outputs:
+                if output.index == 0 or output.finish_reason is not None:
+                    is_urgent = True
+            self._do(tuple(outputs), is_urgent)
 
     def step(self, request_id: str, epoch: int, notes: Mapping[str, float | int | str]) -> None:
         """See InstanceSession.step."""
@@ -218,12 +222,9 @@ class Instance:
             unread = self._num_unread_prefills
         session.set_room(room - unread)
 
-    def _publish(self, session: InstanceSession, outputs: Sequence[Output]) -> None:
-        self._has_published = True
-        session.publish(outputs)
-
-    def _do(self, command: Callable[[InstanceSession], None], *, is_urgent: bool = True) -> None:
-        self._raise_refused()
+    def _do(self, command: Callable[[InstanceSession], None] | tuple[Output, ...], is_urgent: bool = True) -> None:
+        if self._refused is not None:
+            self._raise_refused()
         if len(self._commands) >= MAX_UNSENT:
             raise StoreUnavailable(f"{MAX_UNSENT} commands wait for the I/O thread: it has stopped")
         self._commands.append(command)
@@ -252,7 +253,12 @@ class Instance:
         session = self._session
         while self._commands and session is not None:
             try:
-                self._commands.popleft()(session)
+                command = self._commands.popleft()
+                if isinstance(command, tuple):
+                    self._has_published = True
+                    session.publish(command)
+                else:
+                    command(session)
             except (TypeError, ValueError) as exc:
                 # An output that cannot be encoded: the thread that made it is the one to hear of it.
                 self._refused = exc

@@ -179,9 +179,10 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, for one is made for each token, and a frozen one takes four times as long to make.
+@dataclass(slots=True, unsafe_hash=True)
 class Output:
-    """Some consecutive output tokens of one request, or its end, or both.
+    """Some consecutive output tokens of one request, or its end, or both. Not to be changed: others may hold it.
 
     Attributes:
         index: output position of ``token_ids[0]``.

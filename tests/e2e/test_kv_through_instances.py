@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from engine import runner
 from engine.port import BlocksReady, EngineDriver, EngineEvent, TokensOut
 from engine.runner import Runner, RunnerOptions
 from engine.testing import make_tiny_model
@@ -49,8 +50,8 @@ class Watched:
         self._step, self._commit, self._reserve = self.engine.step, self.engine.commit, self.engine.reserve
         self.engine.step, self.engine.commit = self._watched_step, self._watched_commit  # type: ignore[method-assign]
         self.engine.reserve = self._watched_reserve  # type: ignore[method-assign]
-        transfer = TransferOptions(protocols=(transport,), **other)
-        self.runner = Runner(self.engine, settings, transfer, RunnerOptions(name=role.value, role=role))
+        runner_options = RunnerOptions(role.value, role, other.pop("max_waiting_tokens", 2048))
+        self.runner = Runner(self.engine, settings, TransferOptions(protocols=(transport,), **other), runner_options)
         self.thread = threading.Thread(target=self.runner.run)
 
     def checksums(self, block_ids: tuple[int, ...], first_index: int = 0) -> Checksums:
@@ -195,3 +196,27 @@ async def test_one_block_zeroed_in_one_layer_on_its_way_is_seen_in_tokens_and_ch
     assert different == {"r64"}
     sent, arrived = prefill.reported["r64@1"], decode.committed["r64@1"]
     assert [place for place in sent if sent[place] != arrived[place]] == [(1, 2)]
+
+
+async def test_an_instance_is_told_of_all_that_comes_and_need_not_ask(pair, expected, monkeypatch):
+    monkeypatch.setattr(runner, "LOOK_S", 3600)
+    answers, _ = await answers_of(pair[0].runner._settings)
+    assert answers == expected
+
+
+async def test_room_that_a_computed_prompt_leaves_is_told(model, redis_server, topic, monkeypatch):
+    settings = SchedulerSettings(
+        scheduler_host=redis_server.host, scheduler_port=redis_server.port, scheduler_topic=topic
+    )
+    monkeypatch.setattr(runner, "LOOK_S", 3600)
+    # Nothing more is claimed while a prompt is still to be computed, which takes this one several steps.
+    mixed = Watched(Role.MIXED, model, settings, "tcp", max_waiting_tokens=1)
+    try:
+        mixed.start()
+        assert mixed.runner.instance is not None
+        async with FrontEnd(settings) as frontend:
+            async for _ in await frontend.submit(REQUESTS[-1]):
+                pass
+        assert mixed.runner.instance._room_said == runner.CLAIM_AT_ONCE
+    finally:
+        mixed.close()
