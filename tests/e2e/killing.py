@@ -12,13 +12,9 @@ from engine.demo.fleet import Fleet, Member
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.types import Request
-from tests.integration.toy import until
+from tests.integration.toy import tokens_of, until
 
 ROUND_TRIPS = 5
-
-
-async def tokens_of(stream: OutputStream) -> list[int]:
-    return [token for output in [o async for o in stream] for token in output.token_ids]
 
 
 async def start_two_pairs(fleet: Fleet, model: Path, flags: Sequence[str]) -> None:
@@ -51,7 +47,7 @@ async def kill_one_under_load(
     trees = {name: processes_of(member) for name, member in fleet.members.items()}
     async with FrontEnd(fleet.settings) as frontend:
         streams = [await frontend.submit(r) for r in requests]
-        answers = [asyncio.create_task(tokens_of(s)) for s in streams]
+        answers = [asyncio.create_task(tokens_of(s, 240)) for s in streams]
 
         def is_in_hand(stream: OutputStream, record: Mapping[str, str]) -> bool:
             num_tokens = len(stream.assembly.token_ids)
@@ -82,7 +78,7 @@ async def kill_one_under_load(
         for process in trees[name]:
             process.kill()
         await asyncio.to_thread(member.process.wait)
-        got = await asyncio.wait_for(asyncio.gather(*answers), 180)
+        got = await asyncio.gather(*answers)
         records = [await frontend.request_record(r.request_id) for r in requests]
     fleet.check()
     assert {r.request_id: a for r, a in zip(requests, got, strict=True)} == expected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +23,9 @@ from kv_transfer.options import TransferOptions
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.types import Request, Role, SamplingParams
-from tests.e2e.killing import kill_one_under_load, start_two_pairs, tokens_of
+from tests.e2e.killing import kill_one_under_load, start_two_pairs
 from tests.engine_drivers import random_prompt, run
+from tests.integration.toy import tokens_of
 
 NUM_OUTPUT = 150
 FIELDS = {
@@ -125,7 +125,7 @@ async def test_kv_that_was_damaged_on_its_way_is_refused_and_computed_again(pair
     requests = [r for r in REQUESTS if len(r.prompt_token_ids) in (64, 200)]
     async with FrontEnd(prefill.runner._settings) as frontend:
         streams = [await frontend.submit(r) for r in requests]
-        got = [await asyncio.wait_for(tokens_of(s), 60) for s in streams]
+        got = [await tokens_of(s, 60) for s in streams]
         records = [await frontend.request_record(r.request_id) for r in requests]
     assert [expected[r.request_id] for r in requests] == got
     assert sorted(damaged) == sorted(f"{r.request_id}@1" for r in requests)

@@ -21,9 +21,8 @@ from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.types import FinishReason, Role
 from tests.conftest import missing
 from tests.integration.test_conf_files import used_commands
-from tests.integration.test_scheduler import request_of, tokens_of
 from tests.integration.test_shards import kill
-from tests.integration.toy import ToyInstance, settings_for, toy_answer, until_state
+from tests.integration.toy import ToyInstance, request_of, settings_for, tokens_of, toy_answer, until_state
 from tests.redis_rigs import Cluster, RedisServer, SentinelTrio, any_program, pairs
 
 ROOT = Path(__file__).resolve().parents[2]

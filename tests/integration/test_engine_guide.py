@@ -16,9 +16,9 @@ pytest.importorskip("httpx")
 from engine.demo.fleet import Fleet
 from engine.settings import EngineSettings
 from splitwise_sched.frontend import FrontEnd
-from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.types import Role
 from tests.engine_drivers import greedy, random_prompt, run
+from tests.integration.toy import tokens_of
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 EXAMPLES = DOCS / "examples"
@@ -83,7 +83,3 @@ async def test_toy_engine_serves_by_its_name(reader: Path) -> None:
         fleet.check()
     assert got == expected
     assert {record["lane"] for record in records} == {"shm"}, "KV moved"
-
-
-async def tokens_of(stream: OutputStream) -> list[int]:
-    return [token for output in [o async for o in stream] for token in output.token_ids]

@@ -10,10 +10,9 @@ import pytest
 
 from splitwise_sched.errors import RequestFailed
 from splitwise_sched.frontend import FrontEnd
-from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.records import LeaseLost
 from splitwise_sched.types import Request, Role, SamplingParams
-from tests.integration.toy import ToyInstance, settings_for, toy_answer
+from tests.integration.toy import ToyInstance, settings_for, tokens_of, toy_answer
 
 VALUES: tuple[Any, ...] = (
     "", "nan", "-1", "0", "1", "9" * 400, "1:0:5", "1:0:-5", "1:99999999999:5", "9" * 30 + ":0:5", '1:0::{"lost":[]}',
@@ -27,10 +26,6 @@ NAMES: tuple[Any, ...] = (
 
 def request(request_id: str) -> Request:
     return Request(request_id, "toy", (7, 8, 9), SamplingParams(max_tokens=12, temperature=0))
-
-
-async def tokens_of(stream: OutputStream) -> list[int]:
-    return [token async for output in stream for token in output.token_ids]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

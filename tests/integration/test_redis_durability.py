@@ -13,8 +13,7 @@ from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.suitability import advice
 from splitwise_sched.types import Role
 from tests.conftest import missing
-from tests.integration.test_scheduler import request_of, tokens_of
-from tests.integration.toy import ToyInstance, settings_for, toy_answer
+from tests.integration.toy import ToyInstance, request_of, settings_for, tokens_of, toy_answer
 from tests.redis_rigs import HOST, RedisServer, any_program, wait_until
 
 

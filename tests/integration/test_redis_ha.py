@@ -18,8 +18,7 @@ from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.store import Store
 from splitwise_sched.types import FinishReason, Role
 from tests.conftest import missing
-from tests.integration.test_scheduler import request_of, tokens_of
-from tests.integration.toy import ToyInstance, toy_answer, until
+from tests.integration.toy import ToyInstance, request_of, tokens_of, toy_answer, until
 from tests.redis_rigs import Cluster, SentinelTrio, any_program, slot_of, wait_until
 from tests.sharing import Shared
 

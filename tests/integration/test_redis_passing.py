@@ -10,8 +10,7 @@ import pytest
 from splitwise_sched.errors import StoreUnavailable
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.store import Store
-from tests.integration.test_scheduler import request_of
-from tests.integration.toy import settings_for
+from tests.integration.toy import request_of, settings_for
 from tests.redis_rigs import RedisServer, server_programs
 
 # What stops writes, and what lets them through again.

@@ -17,8 +17,7 @@ from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.types import Role
 from tests.conftest import missing
-from tests.integration.test_scheduler import request_of, tokens_of
-from tests.integration.toy import ToyInstance, toy_answer
+from tests.integration.toy import ToyInstance, request_of, tokens_of, toy_answer
 from tests.redis_rigs import Cluster, RedisServer, SentinelTrio, server_programs
 from tests.tls_files import Authority, Identity, client_options, server_lines
 

@@ -7,7 +7,7 @@ import asyncio
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.records import PrefillAssigned
 from splitwise_sched.types import Request, Role, SamplingParams
-from tests.integration.toy import ToyInstance, settings_for, toy_answer, until
+from tests.integration.toy import ToyInstance, settings_for, tokens_of, toy_answer, until
 
 TWO = SamplingParams(max_tokens=2, temperature=0)
 
@@ -34,7 +34,7 @@ async def test_run_that_is_dropped_while_its_peer_is_looked_up_is_not_assigned(r
         await until(lambda: prefill.session.num_held == 0)
         go.set()
         stream = await frontend.submit(Request("next", "toy", (4,), TWO))
-        assert [t async for output in stream for t in output.token_ids] == toy_answer(stream.request)
+        assert await tokens_of(stream) == toy_answer(stream.request)
         assigned = [e.request.request_id for e in prefill.events if isinstance(e, PrefillAssigned)]
         assert assigned == ["next"]
 
@@ -46,6 +46,6 @@ async def test_run_whose_drop_was_read_before_it_is_not_assigned(redis_server, t
         mixed.session._runs.drop("dropped", 1, "it was cancelled")
         await frontend.submit(Request("dropped", "toy", (3,), TWO))
         stream = await frontend.submit(Request("next", "toy", (4,), TWO))
-        assert [t async for output in stream for t in output.token_ids] == toy_answer(stream.request)
+        assert await tokens_of(stream) == toy_answer(stream.request)
         assigned = [e.request.request_id for e in mixed.events if isinstance(e, PrefillAssigned)]
         assert assigned == ["next"]

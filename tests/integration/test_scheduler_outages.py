@@ -16,8 +16,7 @@ from splitwise_sched.records import LeaseLost, PrefillAssigned
 from splitwise_sched.shards import Shard
 from splitwise_sched.store import HELLO, Flow, Preference
 from splitwise_sched.types import FinishReason, Request, Role
-from tests.integration.test_scheduler import request_of, tokens_of
-from tests.integration.toy import ToyInstance, settings_for, toy_answer, until, until_state
+from tests.integration.toy import ToyInstance, request_of, settings_for, tokens_of, toy_answer, until, until_state
 
 
 async def test_user_is_told_at_the_deadline_although_redis_is_away(private_redis_server, topic):

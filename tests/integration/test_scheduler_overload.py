@@ -13,7 +13,7 @@ from splitwise_sched.errors import DeadlineUnreachable, QueueFull
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.store import Flow, Store
 from splitwise_sched.types import Request, Role, SamplingParams
-from tests.integration.toy import ToyInstance, settings_for, toy_answer
+from tests.integration.toy import ToyInstance, settings_for, tokens_of, toy_answer
 from tests.scripts_topic import HOUR_MS, claim, register, reply_of
 
 GIVEN = {
@@ -147,13 +147,9 @@ async def test_overload_is_refused_and_what_was_accepted_is_served(redis_server,
         assert all(exc.depth >= 12 and exc.retry_after_s > 0 for exc in refused)
         assert all(isinstance(exc, DeadlineUnreachable) or exc.limit == 12 for exc in refused)
         mixed.gate.set()
-
-        async def answer(stream) -> list[int]:
-            return [token async for output in stream for token in output.token_ids]
-
-        answers = await asyncio.wait_for(asyncio.gather(*(answer(s) for _, s in streams)), 30)
+        answers = await asyncio.gather(*(tokens_of(s) for _, s in streams))
         assert answers == [toy_answer(request) for request, _ in streams]
         # Normal at once: nothing is left of it.
         last = Request("last", "toy", (5,), SamplingParams(max_tokens=4, temperature=0))
-        assert await answer(await frontend.submit(last)) == toy_answer(last)
+        assert await tokens_of(await frontend.submit(last)) == toy_answer(last)
         assert await frontend.store.queue_depth() == 0

@@ -12,7 +12,7 @@ from splitwise_sched.errors import RequestFailed
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.records import Dropped
 from splitwise_sched.types import Request, Role, SamplingParams
-from tests.integration.toy import ToyInstance, settings_for, toy_answer, until
+from tests.integration.toy import ToyInstance, settings_for, tokens_of, toy_answer, until
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +49,7 @@ async def test_outputs_that_never_came_are_made_again_while_the_run_still_goes_o
         await until(lambda: stream.assembly.has_gap and not mixed.gate.clear())
         await mixed.wait_for(Dropped)
         mixed.gate.set()
-        tokens = [token async for output in stream for token in output.token_ids]
-        assert tokens == toy_answer(REQUEST)
+        assert await tokens_of(stream) == toy_answer(REQUEST)
         record = await frontend.request_record("r0")
         assert record["state"] == "done" and record["attempts"] == "2"
         assert "in decode on m-" in record["history"] and "never came to its front end" in record["history"]
@@ -68,7 +67,7 @@ async def test_end_that_never_came_is_made_again(redis_server, topic):
 
         lose_outputs(frontend, first_end)
         stream = await frontend.submit(REQUEST)
-        assert [token async for output in stream for token in output.token_ids] == toy_answer(REQUEST)
+        assert await tokens_of(stream) == toy_answer(REQUEST)
 
 
 async def test_front_end_that_always_lags_ends_its_request_with_an_error_that_says_so(redis_server, topic):

@@ -10,8 +10,7 @@ from splitwise_sched.errors import InvalidRequest
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.records import PrefillAssigned
 from splitwise_sched.types import Request, Role, SamplingParams
-from tests.integration.test_scheduler import tokens_of
-from tests.integration.toy import ToyInstance, settings_for, toy_answer, until
+from tests.integration.toy import ToyInstance, settings_for, tokens_of, toy_answer, until
 
 
 def request_of(request_id: str, *prefer: str) -> Request:

@@ -13,7 +13,7 @@ from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.suitability import check_server
 from splitwise_sched.types import Request, Role
-from tests.integration.toy import ToyInstance, settings_for, toy_answer, until
+from tests.integration.toy import ToyInstance, settings_for, tokens_of, toy_answer, until
 
 
 async def test_nobody_answers(topic):
@@ -83,8 +83,7 @@ async def test_unix_socket_serves_as_a_host_does(tmp_path, topic):
         )
         async with FrontEnd(settings) as frontend, ToyInstance(settings, Role.MIXED, "m0"):
             request = Request("r0", "toy", (1, 2))
-            tokens = [t async for output in await frontend.submit(request) for t in output.token_ids]
-            assert tokens == toy_answer(request)
+            assert await tokens_of(await frontend.submit(request)) == toy_answer(request)
         assert server.port
         missing = settings.model_copy(update={"scheduler_host": str(tmp_path / "nothing.sock")})
         with pytest.raises(StoreUnavailable, match=r"no Redis or Valkey answers at .*nothing.sock"):
@@ -99,8 +98,7 @@ async def test_entries_of_the_queue_that_are_not_ours_are_removed_and_hurt_nobod
             await frontend.store.call("XADD", queue, "*", *fields)
         async with ToyInstance(settings, Role.MIXED, "m0"):
             request = Request("r0", "toy", (1, 2))
-            tokens = [t async for output in await frontend.submit(request) for t in output.token_ids]
-            assert tokens == toy_answer(request)
+            assert await tokens_of(await frontend.submit(request)) == toy_answer(request)
 
             async def empty() -> bool:
                 return await frontend.store.queue_depth() == 0
@@ -118,6 +116,6 @@ async def test_body_of_another_version_ends_its_request_with_the_reason_and_hurt
             for i, reason in ((0, "version 99, this process reads"), (1, "not readable msgpack")):
                 with pytest.raises(RequestFailed, match=reason):
                     [output async for output in streams[i]]
-            assert [t async for o in streams[2] for t in o.token_ids] == toy_answer(streams[2].request)
+            assert await tokens_of(streams[2]) == toy_answer(streams[2].request)
         dead = await frontend.store.call("XRANGE", frontend.store.keys.dead_letter, "-", "+")
         assert len(dead) == 2 and "version 99" in str(dead)

@@ -18,7 +18,7 @@ from splitwise_sched.records import DecodeAssigned, Dropped, LeaseLost, PrefillA
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.sync import Instance
 from splitwise_sched.types import FinishReason, Output, Request, Role, SamplingParams
-from tests.integration.toy import settings_for, toy_answer, toy_token, until
+from tests.integration.toy import settings_for, tokens_of, toy_answer, toy_token, until
 
 
 def registration(role: Role = Role.MIXED, **must_match: str) -> Registration:
@@ -80,8 +80,7 @@ class Loop:
 async def ask(frontend: FrontEnd, request_id: str) -> None:
     request = Request(request_id, "toy", (7, 8, 9), SamplingParams(max_tokens=20))
     stream = await frontend.submit(request)
-    tokens = [t async for output in stream for t in output.token_ids]
-    assert tokens == toy_answer(request)
+    assert await tokens_of(stream) == toy_answer(request)
 
 
 async def test_loop_serves_requests_and_leaves_nothing_behind(redis_server, topic):

@@ -10,6 +10,7 @@ import pytest
 
 from splitwise_sched.resp import PythonReader, ReplyError, pack
 from splitwise_sched.wire import Wire, WireLost
+from tests.integration.toy import ToyInstance, settings_for, tokens_of, toy_answer
 
 Server = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 PING = pack(("PING",))
@@ -136,7 +137,6 @@ async def test_the_scheduler_works_without_hiredis(monkeypatch, redis_server, to
     from splitwise_sched import resp
     from splitwise_sched.frontend import FrontEnd
     from splitwise_sched.types import Request, Role, SamplingParams
-    from tests.integration.toy import ToyInstance, settings_for, toy_answer
 
     monkeypatch.setattr(resp, "hiredis", None)
     assert isinstance(resp.new_reader(), PythonReader)
@@ -148,4 +148,4 @@ async def test_the_scheduler_works_without_hiredis(monkeypatch, redis_server, to
     ):
         request = Request("r", "toy", (3, 4, 5), SamplingParams(max_tokens=5, temperature=0))
         stream = await frontend.submit(request)
-        assert [token async for output in stream for token in output.token_ids] == toy_answer(request)
+        assert await tokens_of(stream) == toy_answer(request)

@@ -14,8 +14,7 @@ from splitwise_sched.records import LeaseLost
 from splitwise_sched.settings import SchedulerSettings
 from splitwise_sched.types import FinishReason, Role
 from tests.conftest import missing
-from tests.integration.test_scheduler import request_of, tokens_of
-from tests.integration.toy import ToyInstance, settings_for, toy_answer, until
+from tests.integration.toy import ToyInstance, request_of, settings_for, tokens_of, toy_answer, until
 from tests.redis_rigs import Cluster, any_program, slot_of
 
 

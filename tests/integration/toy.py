@@ -11,9 +11,10 @@ from typing import Any
 
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.instance import InstanceSession
+from splitwise_sched.output_stream import OutputStream
 from splitwise_sched.records import DecodeAssigned, Dropped, InstanceEvent, LeaseLost, PrefillAssigned, Registration
 from splitwise_sched.settings import SchedulerSettings
-from splitwise_sched.types import FinishReason, Output, Request, Role
+from splitwise_sched.types import FinishReason, Output, Request, Role, SamplingParams
 
 
 def settings_for(server, topic: str, **more: object) -> SchedulerSettings:
@@ -31,6 +32,25 @@ def toy_token(request: Request, index: int) -> int:
 
 def toy_answer(request: Request) -> list[int]:
     return [toy_token(request, i) for i in range(request.sampling.max_tokens)]
+
+
+def request_of(request_id: str, max_tokens: int = 8, prompt: int = 20, model: str = "toy", **more: object) -> Request:
+    first = 1 + sum(map(ord, request_id)) % 997
+    tokens = tuple(range(first, first + prompt))
+    return Request(request_id, model, tokens, SamplingParams(max_tokens=max_tokens), **more)
+
+
+async def tokens_of(stream: OutputStream, timeout_s: float = 30.0) -> list[int]:
+    """All that a request's user is given, from the first token on."""
+
+    async def read() -> list[int]:
+        tokens: list[int] = []
+        async for output in stream:
+            assert output.index == len(tokens)
+            tokens += output.token_ids
+        return tokens
+
+    return await asyncio.wait_for(read(), timeout_s)
 
 
 async def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
