@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from splitwise_sched.types import Request, Role
+from splitwise_sched.errors import InvalidRequest
+from splitwise_sched.types import Request, Role, check_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class InstanceRecord:
     def from_fields(cls, instance_id: str, fields: Mapping[str, str]) -> InstanceRecord | None:
         """None when the record is not one that an instance of this version writes."""
         try:
+            check_id("instance", fields.get("name", instance_id))
             return cls(
                 instance_id=instance_id,
                 role=Role(fields["role"]),
@@ -70,7 +72,7 @@ class InstanceRecord:
                 reserved_tokens=int(fields["reserved_tokens"]),
                 fields=fields,
             )
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, InvalidRequest):
             return None
 
 

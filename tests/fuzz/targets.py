@@ -98,7 +98,7 @@ def record(data: bytes) -> None:
     fields = {name: value for name, _, value in pairs}
     known = InstanceRecord.from_fields("p-1", fields)
     if known is not None:
-        assert known.name and known.tokenizer is not None
+        assert check_id("instance", known.name) and known.tokenizer is not None
 
 
 def flags(data: bytes) -> None:
@@ -179,7 +179,10 @@ TARGETS: dict[str, Target] = {
     "record": Target(
         record,
         (),
-        (b"role=mixed\nmodel=m\nmax_model_len=9\ncapacity_tokens=4\nreserved_tokens=0\nname=x",),
+        (
+            b"role=mixed\nmodel=m\nmax_model_len=9\ncapacity_tokens=4\nreserved_tokens=0\nname=x",
+            b"role=mixed\nmodel=m\nmax_model_len=9\ncapacity_tokens=4\nreserved_tokens=0\nname=",
+        ),
     ),
     "endpoints": Target(lambda data: endpoints_from_text(data.decode(errors="replace")), (KVTransferError,), (b"[]",)),
     "handover": Target(
