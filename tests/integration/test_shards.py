@@ -222,7 +222,7 @@ async def test_request_for_another_model_is_refused_by_the_instance_that_gets_it
 
 
 async def test_an_instance_that_is_left_alone_goes_where_it_is_of_use(redis_server, topic):
-    settings = sharded(redis_server, topic, instance_lease_s=0.3)
+    settings = sharded(redis_server, topic, instance_lease_s=1.0)
     async with (
         ToyInstance(settings, Role.PREFILL, "p0") as kept,
         ToyInstance(settings, Role.DECODE, "d0") as pair,

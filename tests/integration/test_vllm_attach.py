@@ -222,11 +222,11 @@ async def test_a_server_that_hangs_is_left_and_when_it_wakes_its_streams_are_end
 
 
 async def test_a_server_that_is_slow_to_call_itself_well_stays_while_its_streams_go_on(topics, servers):
-    topic, server = await topics(0.5), await servers()
+    topic, server = await topics(1.0), await servers()
     agent = await topic.attach(server, "mixed", "m")
     before = agent.instance_id
     server.hold_health()
-    server.pause_s = 0.02
+    server.pause_s = 0.03
     assert await topic.ask(request(max_tokens=100)) == tokens_after(PROMPT, 100)
     assert agent.instance_id == before
     assert (await topic.frontend.request_record("r"))["attempts"] == "1"
