@@ -1,10 +1,10 @@
 """What disaggregation costs and gains on each engine of this project, beside the same engine doing both.
 
-Two instances of one thread each, first as prefill and decode, then the same two processes as mixed ones: TTFT and TPOT
-at a quarter, half and four fifths of what the mixed ones get through. What our hooks cost a step, in µs of CPU, at idle
-(decode alone) and while KV moves. And how much of a transfer is left when a 512-token prompt is computed: from the
-first token (of vLLM: from the last blocks, which are ready before it) to decode's first step, beside the time from the
-first blocks that were ready to that step.
+Two instances of one thread each, first as prefill and decode, then the same two processes as mixed ones: TTFT and
+TPOT at a quarter, half and four fifths of what the mixed ones get through (in the quick form at half alone). What our
+hooks cost a step, in µs of CPU, at idle (decode alone) and while KV moves. And how much of a transfer is left when a
+prompt of 512 tokens is computed: from the first token (of vLLM: from the last blocks, which are ready before it) to
+decode's first step, beside the time from the first blocks that were ready to that step.
 
 Engines are those that are installed; vLLM's environment has only vLLM: ``make test-vllm`` makes it.
 """
@@ -16,13 +16,13 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.common import Report, parser, table
 from benchmarks.serving.findings import LONG_PROMPT, NUM_LONG, report_overlap
-from benchmarks.serving.latency import NUM_OUTPUT, PROMPT_TOKENS, compare, one
+from benchmarks.serving.latency import LOADS, NUM_OUTPUT, PROMPT_TOKENS, QUICK_LOADS, compare, one
 from engine.testing import make_tiny_model
 from splitwise_sched.frontend import FrontEnd
 
@@ -58,7 +58,7 @@ def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--engine", action="append", choices=ENGINES, help="may be given again; all that are installed")
     args = flags.parse_args()
-    count = 6 if args.quick else 30
+    count, loads = (6, QUICK_LOADS) if args.quick else (30, LOADS)
     shape = SMALL if args.quick else LARGE
     settings = {
         "model": shape,
@@ -72,7 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-engines-") as folder:
         model = make_tiny_model("llama", folder, **shape)
         for engine in args.engine or installed():
-            for table_rows, more in zip(found, run(engine, model, count, report), strict=True):
+            for table_rows, more in zip(found, run(engine, model, count, loads, report), strict=True):
                 table_rows.extend(more)
     headers = (
         ["engine, instances", "requests/s", "TTFT ms p50", "p99", "TPOT ms p50", "p99"],
@@ -84,23 +84,27 @@ def main() -> None:
     report.finish(args.json)
 
 
-def run(engine: str, model: Path, count: int, report: Report) -> tuple[list[list[object]], ...]:
+def run(engine: str, model: Path, count: int, loads: Sequence[float], report: Report) -> tuple[list[list[object]], ...]:
     """Rows of the three tables."""
-    return run_vllm(model, count, report) if engine == "vllm" else run_driven(engine, model, count, report)
+    return (
+        run_vllm(model, count, loads, report) if engine == "vllm" else run_driven(engine, model, count, loads, report)
+    )
 
 
-def run_driven(engine: str, model: Path, count: int, report: Report) -> tuple[list[list[object]], ...]:
+def run_driven(
+    engine: str, model: Path, count: int, loads: Sequence[float], report: Report
+) -> tuple[list[list[object]], ...]:
     from benchmarks.serving import driven
 
     if engine == "llama_cpp":
         from engine.llama_cpp.testing import make_tiny_gguf
 
         model = make_tiny_gguf(model)
-    latencies = within(compare(engine, model, DRIVEN_FIELDS, count, report))
+    latencies = within(compare(engine, model, DRIVEN_FIELDS, count, loads, report))
     return latencies, *within(driven.measure(engine, model, DRIVEN_FIELDS, count, report))
 
 
-def run_vllm(model: Path, count: int, report: Report) -> tuple[list[list[object]], ...]:
+def run_vllm(model: Path, count: int, loads: Sequence[float], report: Report) -> tuple[list[list[object]], ...]:
     from benchmarks.serving import vllm_notes, vllm_pair
     from engine.vllm.testing import ENVIRONMENT
 
@@ -113,7 +117,7 @@ def run_vllm(model: Path, count: int, report: Report) -> tuple[list[list[object]
 
     with tempfile.TemporaryDirectory(prefix="bench-vllm-") as notes:
         os.environ[vllm_notes.DIRECTORY] = notes
-        latencies = within(compare("vllm", model, VLLM_FIELDS, count, report, long_prompts))
+        latencies = within(compare("vllm", model, VLLM_FIELDS, count, loads, report, long_prompts))
         overlaps = vllm_notes.read_overlaps(Path(notes), names)
     hooks = vllm_pair.measure(model, count, report)
     return latencies, hooks, report_overlap("vllm", overlaps, report)

@@ -17,7 +17,7 @@ from engine.demo.fleet import Fleet, free_port
 from splitwise_sched.frontend import FrontEnd
 from splitwise_sched.types import Request, SamplingParams
 
-LOADS = (0.25, 0.5, 0.8)
+LOADS, QUICK_LOADS = (0.25, 0.5, 0.8), (0.5,)
 PROMPT_TOKENS = (32, 256)
 NUM_OUTPUT = 24
 READY_S = 400.0
@@ -104,6 +104,7 @@ async def compare(  # noqa: PLR0917
     model: Path,
     fields: Mapping[str, Any],
     count: int,
+    loads: Sequence[float],
     report: Report,
     when_disaggregated: Callable[[FrontEnd], Awaitable[None]] | None = None,
 ) -> list[list[object]]:
@@ -112,6 +113,7 @@ async def compare(  # noqa: PLR0917
     Args:
         fields: settings of EngineSettings.
         count: requests a load.
+        loads: of what two mixed instances get through.
         when_disaggregated: called once while one instance is prefill and the other decode, and nothing runs.
     """
     flags = [f for name, value in fields.items() for f in (f"--{name.replace('_', '-')}", str(value))]
@@ -128,7 +130,7 @@ async def compare(  # noqa: PLR0917
             for mode, roles in (("mixed", ("mixed", "mixed")), ("disaggregated", ("prefill", "decode"))):
                 await become(fleet, frontend, dict(zip(ports, roles, strict=True)))
                 await burst(frontend, f"warm-up-{mode}", 4)
-                for load in LOADS:
+                for load in loads:
                     timings[mode, load] = await poisson(frontend, f"{mode}-{load}", count, load * capacity)
             if when_disaggregated is not None:
                 await when_disaggregated(frontend)
