@@ -20,7 +20,7 @@ from engine.port import BlocksReady, EngineDriver, EngineEvent, TokensOut
 from engine.runner import Runner, RunnerOptions
 from engine.testing import make_tiny_model
 from engine.transformers import TransformersOptions, create
-from kv_transfer.checksums import LayerSums, Sums
+from kv_transfer.checksums import LayerSums, Mismatch, Sums
 from kv_transfer.options import TransferOptions
 from kv_transfer.plan import IntArray
 from splitwise_sched.frontend import FrontEnd
@@ -169,18 +169,16 @@ async def test_instances_whose_blocks_differ_in_size_exchange_kv(model, expected
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 async def test_a_request_whose_kv_is_damaged_on_its_way_is_run_again(model, expected, settings, transport):
     both = [Watched(role, model, settings, transport, checksum="crc32") for role in (Role.PREFILL, Role.DECODE)]
-    original, damaged = LayerSums.of, []
+    compare, damaged = LayerSums.compare, []
 
-    def of(self: LayerSums, ids: IntArray) -> Sums:
-        sums = original(self, ids)
-        if not damaged and len(ids) == 4:
-            # The prefill instance hashes first; whoever reads the block after that finds another one.
-            damaged.append(int(ids[2]))
-            both[0].engine.kv_pools[0].block_view(int(ids[2]), 1)[:] = 0
-        return sums
+    def compare_damaged(self: LayerSums, src_ids: IntArray, dst_ids: IntArray, wanted: Sums) -> Mismatch | None:
+        if not damaged:
+            damaged.append(int(dst_ids[-1]))
+            both[1].engine.kv_pools[0].block_view(damaged[0], 1)[:] = 0
+        return compare(self, src_ids, dst_ids, wanted)
 
     with pytest.MonkeyPatch.context() as patch, serving(both):
-        patch.setattr(LayerSums, "of", of)
+        patch.setattr(LayerSums, "compare", compare_damaged)
         answers, records = await answers_of(settings)
     assert answers == expected
     assert sorted(record["epoch"] for record in records.values()) == ["1"] * (len(records) - 1) + ["2"]
