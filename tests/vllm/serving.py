@@ -21,6 +21,8 @@ from splitwise_sched.embedded import die_with_parent
 from tests.vllm.engines import BLOCK_SIZE
 
 READY_S = 420.0
+# Flags for several engines on a machine that may have two cores: whoever is silent for less is only slow.
+PATIENCE = ("--instance-lease-s", "12", "--redis-timeout-s", "60")
 CONNECTOR = {
     "kv_connector": "SplitwiseConnector",
     "kv_role": "kv_both",

@@ -26,10 +26,8 @@ from tests.e2e.reference import generate
 from tests.engine_drivers import random_prompt
 from tests.sharing import Shared
 from tests.vllm.engines import BLOCK_SIZE
-from tests.vllm.serving import READY_S, VllmServe
+from tests.vllm.serving import PATIENCE, READY_S, VllmServe
 
-# Two vLLM servers and a third engine on a machine that may have two cores: whoever is silent for less is only slow.
-PATIENCE = ("--instance-lease-s", "12", "--redis-timeout-s", "60")
 IN_PROCESS = (
     "--engine", "vllm", "--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "1024",
     "--max-num-batched-tokens", "128", "--block-size", str(BLOCK_SIZE), "--engine-args", '{"enforce_eager": true}',

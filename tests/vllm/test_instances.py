@@ -14,10 +14,11 @@ from splitwise_sched.types import Request, SamplingParams
 from tests.e2e.killing import kill_one_under_load
 from tests.e2e.reference import generate
 from tests.engine_drivers import random_prompt
+from tests.vllm.serving import PATIENCE
 
 FLAGS = (
     "--engine", "vllm", "--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "1024",
-    "--max-num-batched-tokens", "128", "--engine-args", '{"enforce_eager": true}', "--drain-timeout-s", "5",
+    "--max-num-batched-tokens", "128", "--engine-args", '{"enforce_eager": true}', "--drain-timeout-s", "5", *PATIENCE,
 )  # fmt: skip
 READY_S = 300.0
 LENGTHS = (5, 31, 32, 33, 64, 100, 129, 200, 300, 400, 512, 700)
