@@ -78,6 +78,7 @@ class Runner:
         self._options = options
         self._settings = settings
         self._wake = threading.Event()
+        # Set in any thread, and so never made of what it was before.
         self._must_look = True
         self._look_at = 0.0
         self._stop = threading.Event()
@@ -223,8 +224,9 @@ class Runner:
     def _on_tokens(self, event: TokensOut) -> Output | None:
         output: Output | None
         if (run := self._decode.runs.get(event.key)) is not None:
-            # Its prompt is computed: there is more room.
-            self._must_look |= run.decoding_at is None
+            if run.decoding_at is None:
+                # Its prompt is computed: there is more room.
+                self._must_look = True
             output = self._decode.on_tokens(run, event)
         elif event.key in self._prefill.runs:
             self.stats.num_prefilled += 1
